@@ -1,0 +1,142 @@
+// Per-layer KV capacity and token eviction for llama.cpp.
+//
+// Additive to llama.h: no upstream struct or function changes. A context gets a depth KV cache when
+//   - it is created with llama_depthkv_init_from_model(), or
+//   - the model carries the key `depthkv.budget` (in the file or as a key-value override).
+// Otherwise the stock cache runs and the functions below report on it where that makes sense.
+//
+// A "cell" is one K row and one V row of one layer. The full cache has n_ctx cells per layer, a depth cache has
+// fewer, and frees the least important ones of a layer when that layer has to hold new tokens.
+
+#pragma once
+
+#include "llama.h"
+
+#include <stddef.h>
+#include <stdint.h>
+#include <stdbool.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#define LLAMA_DEPTHKV_VERSION 1
+
+// the reason why the last call on this thread failed: one line, empty if nothing failed
+LLAMA_API const char * llama_depthkv_last_error(void);
+
+//
+// context
+//
+
+struct llama_depthkv_params {
+    // fraction of the full cache, in (0, 1]; 0: the model's `depthkv.budget`, or the full cache when it has none
+    float budget;
+
+    // token-scoring rule: "attention", "window", "streaming" or "random"; NULL: the model's, or "attention"
+    const char * scorer;
+
+    // tokens never evicted at the front and at the end of a sequence; negative: the model's, or 4 and 32
+    int32_t n_sink;
+    int32_t n_recent;
+
+    // optional explicit plan, one entry for each KV layer that grows with the context (see llama_depthkv_layer_count)
+    // 0 cells or GGML_TYPE_COUNT: what the budget, or the context parameters, give
+    size_t                 n_layers;
+    const uint32_t       * cells;  // cells of one sequence
+    const enum ggml_type * type_k;
+    const enum ggml_type * type_v;
+};
+
+LLAMA_API struct llama_depthkv_params llama_depthkv_default_params(void);
+
+// llama_init_from_model() with an explicit plan that takes precedence over the model's keys
+// returns NULL on failure, with the reason in llama_depthkv_last_error()
+LLAMA_API struct llama_context * llama_depthkv_init_from_model(
+        struct llama_model          * model,
+        struct llama_context_params   params,
+        struct llama_depthkv_params   depth);
+
+// number of layers whose KV cells grow with the context, and their index in the model
+// -1 if per-layer eviction is not defined for the model: llama_depthkv_last_error() names the architecture
+LLAMA_API int32_t llama_depthkv_layer_count(const struct llama_model * model);
+LLAMA_API int32_t llama_depthkv_layer_id   (const struct llama_model * model, int32_t i);
+
+// bytes of the full KV cache that stock llama.cpp allocates for these parameters, SWA layers included
+// SWA layers count at their window size, as in a depth cache; 0 on failure
+LLAMA_API size_t llama_depthkv_bytes_full(const struct llama_model * model, struct llama_context_params params);
+
+//
+// statistics
+//
+
+struct llama_depthkv_layer {
+    int32_t  layer;     // index in the model
+    uint32_t cells;     // capacity of one sequence
+    uint32_t used;      // cells in use by the sequence
+    uint64_t evicted;   // cells freed by eviction since the sequence was last empty
+    size_t   bytes;     // K and V of all sequences
+};
+
+struct llama_depthkv_stats {
+    bool     active;        // false: the stock cache runs
+    int32_t  n_layers;
+    uint32_t n_ubatch;
+    size_t   bytes;         // K and V allocated, all layers and sequences, SWA layers included
+    size_t   bytes_full;    // the same for the full cache
+    size_t   bytes_scorer;  // query samples and other eviction state on the device
+    uint64_t n_score;       // scoring passes
+    uint64_t n_evict;       // cells freed by eviction, all layers
+    int64_t  t_evict_us;    // time spent on scoring and eviction
+    char     scorer[32];
+    char     rule[32];      // allocation rule
+};
+
+LLAMA_API bool llama_depthkv_get_stats(const struct llama_context * ctx, struct llama_depthkv_stats * stats);
+
+// i: 0 .. n_layers - 1
+LLAMA_API bool llama_depthkv_get_layer(
+        const struct llama_context       * ctx,
+        int32_t                            i,
+        llama_seq_id                       seq_id,
+        struct llama_depthkv_layer       * layer);
+
+// positions that layer i holds for the sequence, ascending; returns how many there are (writes at most n)
+LLAMA_API int32_t llama_depthkv_get_positions(
+        const struct llama_context * ctx,
+        int32_t                      i,
+        llama_seq_id                 seq_id,
+        llama_pos                  * pos,
+        int32_t                      n);
+
+//
+// pinning
+//
+
+// never evict positions [p0, p1) of the sequence; a position shift moves the span along, removing the tokens removes it
+// false if the pinned tokens would leave no room for the recent window and one ubatch
+LLAMA_API bool llama_depthkv_pin  (struct llama_context * ctx, llama_seq_id seq_id, llama_pos p0, llama_pos p1);
+LLAMA_API void llama_depthkv_unpin(struct llama_context * ctx, llama_seq_id seq_id);
+
+//
+// allocation (pure)
+//
+
+struct llama_depthkv_alloc_params {
+    const char * rule;         // "uniform"
+
+    uint32_t n_layers;
+    uint32_t n_ctx;            // positions of one sequence
+    double   budget;           // fraction of n_layers*n_ctx cells, in (0, 1]
+
+    uint32_t n_floor;          // least cells of a layer
+    uint32_t n_align;          // granularity of a layer, in cells
+};
+
+// cells [n_layers]: capacity of each layer, a multiple of n_align (or n_ctx), sum <= budget*n_layers*n_ctx
+// false, with the reason in llama_depthkv_last_error(), if the budget is out of range or below the floor
+LLAMA_API bool llama_depthkv_alloc(struct llama_depthkv_alloc_params params, uint32_t * cells);
+
+#ifdef __cplusplus
+}
+#endif

@@ -1,0 +1,312 @@
+#include "llama-depthkv.h"
+
+#include "llama-context.h"
+#include "llama-impl.h"
+#include "llama-kv-alloc.h"
+#include "llama-kv-cache-depth.h"
+#include "llama-kv-cache-iswa.h"
+#include "llama-kv-cache.h"
+#include "llama-model.h"
+
+#include <algorithm>
+#include <cstring>
+#include <stdexcept>
+#include <string>
+
+static thread_local std::string llama_depthkv_error;
+
+const char * llama_depthkv_last_error(void) {
+    return llama_depthkv_error.c_str();
+}
+
+void llama_depthkv_set_error(const char * what) {
+    llama_depthkv_error = what;
+}
+
+// run a function that may throw, the reason goes to llama_depthkv_last_error()
+template <typename T, typename F>
+static T llama_depthkv_try(T on_error, const F & fn) {
+    llama_depthkv_error.clear();
+
+    try {
+        return fn();
+    } catch (const std::exception & err) {
+        llama_depthkv_error = err.what();
+    }
+
+    return on_error;
+}
+
+static llama_kv_cache_depth * llama_depthkv_get_cache(const llama_context * ctx) {
+    return dynamic_cast<llama_kv_cache_depth *>(ctx->get_memory());
+}
+
+//
+// context
+//
+
+llama_depthkv_params llama_depthkv_default_params(void) {
+    llama_depthkv_params res = {
+        /*.budget   =*/ 0.0f,
+        /*.scorer   =*/ nullptr,
+        /*.n_sink   =*/ -1,
+        /*.n_recent =*/ -1,
+        /*.n_layers =*/ 0,
+        /*.cells    =*/ nullptr,
+        /*.type_k   =*/ nullptr,
+        /*.type_v   =*/ nullptr,
+    };
+
+    return res;
+}
+
+llama_context * llama_depthkv_init_from_model(llama_model * model, llama_context_params params, llama_depthkv_params depth) {
+    return llama_depthkv_try((llama_context *) nullptr, [&]() -> llama_context * {
+        if (!model) {
+            throw std::runtime_error("model is NULL");
+        }
+
+        llama_kv_depth_params dparams = model->kv_depth;
+
+        if (depth.budget != 0.0f) {
+            dparams.budget = depth.budget;
+        }
+        if (depth.scorer) {
+            dparams.scorer = depth.scorer;
+        }
+        if (depth.n_sink >= 0) {
+            dparams.n_sink = depth.n_sink;
+        }
+        if (depth.n_recent >= 0) {
+            dparams.n_recent = depth.n_recent;
+        }
+        if (depth.cells) {
+            dparams.cells.assign(depth.cells, depth.cells + depth.n_layers);
+        }
+        if (depth.type_k) {
+            dparams.type_k.assign(depth.type_k, depth.type_k + depth.n_layers);
+        }
+        if (depth.type_v) {
+            dparams.type_v.assign(depth.type_v, depth.type_v + depth.n_layers);
+        }
+
+        dparams.check();
+
+        auto * res = llama_init_from_model_depth(model, params, &dparams);
+
+        if (!res && llama_depthkv_error.empty()) {
+            throw std::runtime_error("failed to initialize the context: see the log");
+        }
+
+        return res;
+    });
+}
+
+int32_t llama_depthkv_layer_count(const llama_model * model) {
+    return llama_depthkv_try(-1, [&]() {
+        return (int32_t) llama_kv_depth_layers(*model).size();
+    });
+}
+
+int32_t llama_depthkv_layer_id(const llama_model * model, int32_t i) {
+    return llama_depthkv_try(-1, [&]() {
+        return llama_kv_depth_layers(*model).at(i);
+    });
+}
+
+size_t llama_depthkv_bytes_full(const llama_model * model, llama_context_params params) {
+    return llama_depthkv_try((size_t) 0, [&]() {
+        llama_kv_depth_layers(*model);
+
+        // the rounding of llama_context
+        const uint32_t n_seq_max = std::max(1u, params.n_seq_max);
+        const uint32_t n_ctx     = GGML_PAD(params.n_ctx == 0 ? model->hparams.n_ctx_train : params.n_ctx, 256);
+        const uint32_t n_ctx_seq = params.kv_unified ? n_ctx : GGML_PAD(n_ctx/n_seq_max, 256);
+        const uint32_t n_ubatch  = std::min(params.n_batch, params.n_ubatch == 0 ? params.n_batch : params.n_ubatch);
+
+        return llama_kv_depth_bytes_full(*model, n_ctx_seq, params.kv_unified ? 1 : n_seq_max, n_ubatch, params.type_k, params.type_v);
+    });
+}
+
+//
+// statistics
+//
+
+// the caches of a context without a budget: those that grow with the context
+static const llama_kv_cache * llama_depthkv_get_stock(const llama_context * ctx) {
+    auto * mem = ctx->get_memory();
+
+    if (auto * kv = dynamic_cast<llama_kv_cache_iswa *>(mem)) {
+        return kv->get_base();
+    }
+
+    return dynamic_cast<llama_kv_cache *>(mem);
+}
+
+bool llama_depthkv_get_stats(const llama_context * ctx, llama_depthkv_stats * stats) {
+    return llama_depthkv_try(false, [&]() {
+        const auto & cparams = ctx->get_cparams();
+        const auto & model   = ctx->get_model();
+
+        *stats = {};
+
+        stats->n_ubatch = cparams.n_ubatch;
+
+        if (const auto * kv = llama_depthkv_get_cache(ctx)) {
+            const auto & plan = kv->get_plan();
+            const auto & stat = kv->get_stats();
+
+            const uint32_t n_seq_max = cparams.n_ctx_seq*cparams.n_seq_max > cparams.n_ctx ? 1 : cparams.n_seq_max;
+
+            const auto * iswa = kv->get_iswa();
+
+            stats->active       = true;
+            stats->n_layers     = plan.layers.size();
+            stats->bytes        = kv->size_kv_bytes();
+            stats->bytes_full   = llama_kv_depth_bytes_full(model, cparams.n_ctx_seq, n_seq_max, iswa ? cparams.n_ubatch : 0, plan.type_k, plan.type_v);
+            stats->bytes_scorer = kv->size_scorer_bytes();
+            stats->n_score      = stat.n_score;
+            stats->n_evict      = stat.n_evict;
+            stats->t_evict_us   = stat.t_evict_us;
+
+            snprintf(stats->scorer, sizeof(stats->scorer), "%s", plan.params.scorer.c_str());
+            snprintf(stats->rule,   sizeof(stats->rule),   "%s", plan.params.rule.c_str());
+
+            return true;
+        }
+
+        const auto * kv = llama_depthkv_get_stock(ctx);
+        if (!kv) {
+            throw std::runtime_error(format("architecture '%s' has no KV cache to report on", model.arch_name().c_str()));
+        }
+
+        stats->n_layers = kv->get_layer_ids().size();
+
+        for (const auto & [_, size] : ctx->get_memory()->memory_breakdown()) {
+            stats->bytes += size;
+        }
+        stats->bytes_full = stats->bytes;
+
+        snprintf(stats->scorer, sizeof(stats->scorer), "none");
+        snprintf(stats->rule,   sizeof(stats->rule),   "full");
+
+        return true;
+    });
+}
+
+bool llama_depthkv_get_layer(const llama_context * ctx, int32_t i, llama_seq_id seq_id, llama_depthkv_layer * layer) {
+    return llama_depthkv_try(false, [&]() {
+        if (seq_id < 0 || (uint32_t) seq_id >= ctx->get_cparams().n_seq_max) {
+            throw std::runtime_error(format("sequence %d is out of range: the context has %u", seq_id, ctx->get_cparams().n_seq_max));
+        }
+
+        *layer = {};
+
+        if (const auto * kv = llama_depthkv_get_cache(ctx)) {
+            const auto & l = kv->get_layers().at(i);
+
+            layer->layer   = l.il;
+            layer->cells   = l.n_cells;
+            layer->used    = l.cells[seq_id].get_used();
+            layer->evicted = l.cells[seq_id].n_evicted;
+            layer->bytes   = ggml_nbytes(l.k) + ggml_nbytes(l.v);
+
+            return true;
+        }
+
+        const auto * kv = llama_depthkv_get_stock(ctx);
+        if (!kv) {
+            throw std::runtime_error("the context has no KV cache to report on");
+        }
+
+        const auto & model = ctx->get_model();
+        const int32_t   il = kv->get_layer_ids().at(i);
+
+        layer->layer = il;
+        layer->cells = kv->get_size();
+        layer->used  = kv->get_cells(seq_id).seq_pos_get(seq_id).size();
+        layer->bytes = (size_t) kv->get_size()*kv->get_n_stream()*(
+                llama_kv_depth_row_size_k(model, il, kv->type_k()) +
+                llama_kv_depth_row_size_v(model, il, kv->type_v()));
+
+        return true;
+    });
+}
+
+int32_t llama_depthkv_get_positions(const llama_context * ctx, int32_t i, llama_seq_id seq_id, llama_pos * pos, int32_t n) {
+    return llama_depthkv_try(-1, [&]() {
+        if (seq_id < 0 || (uint32_t) seq_id >= ctx->get_cparams().n_seq_max) {
+            throw std::runtime_error(format("sequence %d is out of range: the context has %u", seq_id, ctx->get_cparams().n_seq_max));
+        }
+
+        std::vector<llama_pos> res;
+
+        if (const auto * kv = llama_depthkv_get_cache(ctx)) {
+            const auto & cells = kv->get_layers().at(i).cells[seq_id];
+
+            for (uint32_t j = 0; j < cells.used_max_p1(); ++j) {
+                if (!cells.is_empty(j)) {
+                    res.push_back(cells.pos_get(j));
+                }
+            }
+        } else if (const auto * kv = llama_depthkv_get_stock(ctx)) {
+            for (const auto & [p, _] : kv->get_cells(seq_id).seq_pos_get(seq_id)) {
+                res.push_back(p);
+            }
+        }
+
+        std::sort(res.begin(), res.end());
+        std::copy_n(res.begin(), std::min<size_t>(res.size(), std::max(n, 0)), pos);
+
+        return (int32_t) res.size();
+    });
+}
+
+//
+// pinning
+//
+
+bool llama_depthkv_pin(llama_context * ctx, llama_seq_id seq_id, llama_pos p0, llama_pos p1) {
+    return llama_depthkv_try(false, [&]() {
+        if (seq_id < 0 || (uint32_t) seq_id >= ctx->get_cparams().n_seq_max) {
+            throw std::runtime_error(format("sequence %d is out of range: the context has %u", seq_id, ctx->get_cparams().n_seq_max));
+        }
+
+        // the stock cache evicts nothing
+        if (auto * kv = llama_depthkv_get_cache(ctx)) {
+            kv->seq_pin(seq_id, p0, p1);
+        }
+
+        return true;
+    });
+}
+
+void llama_depthkv_unpin(llama_context * ctx, llama_seq_id seq_id) {
+    if (auto * kv = llama_depthkv_get_cache(ctx)) {
+        if (seq_id >= -1 && seq_id < (llama_seq_id) ctx->get_cparams().n_seq_max) {
+            kv->seq_unpin(seq_id);
+        }
+    }
+}
+
+//
+// allocation
+//
+
+bool llama_depthkv_alloc(llama_depthkv_alloc_params params, uint32_t * cells) {
+    return llama_depthkv_try(false, [&]() {
+        llama_kv_alloc_params aparams;
+
+        aparams.n_layers = params.n_layers;
+        aparams.n_ctx    = params.n_ctx;
+        aparams.budget   = params.budget;
+        aparams.n_floor  = params.n_floor;
+        aparams.n_align  = params.n_align;
+
+        const auto res = llama_kv_alloc(params.rule ? params.rule : "uniform", aparams);
+
+        std::copy(res.begin(), res.end(), cells);
+
+        return true;
+    });
+}

@@ -1,0 +1,83 @@
+#pragma once
+
+#include "llama-graph.h"
+
+#include <memory>
+#include <vector>
+
+class llama_kv_cache_depth_context;
+
+// graph inputs of the layers in a llama_kv_cache_depth, and the attention over them
+//
+// every layer has its own rows and its own mask. a mask per layer in host memory would have to exist for all layers at once,
+// n_layers*n_tokens*n_kv values, more than the cache saves. so only positions are inputs, and each layer builds its mask
+// where it runs: the temporaries of one layer are reused by the next
+class llm_graph_input_kv_depth : public llm_graph_input_i {
+public:
+    llm_graph_input_kv_depth(
+            const llm_graph_context            & graph,
+            const llama_kv_cache_depth_context * mctx);
+
+    void set_input(const llama_ubatch * ubatch) override;
+
+    bool can_reuse(const llm_graph_params & params) override;
+
+    // store k_cur and v_cur (nullptr: the layer reads the cache of another one), sample q_cur, attend
+    //   - q_cur [n_embd_head_k, n_head,    n_tokens]
+    //   - k_cur [n_embd_head_k, n_head_kv, n_tokens]
+    //   - v_cur [n_embd_head_v, n_head_kv, n_tokens]
+    //   - res   [n_embd_head_v*n_head, n_tokens]
+    ggml_tensor * build_attn(
+            const llm_graph_context & graph,
+            ggml_tensor * q_cur,
+            ggml_tensor * k_cur,
+            ggml_tensor * v_cur,
+            ggml_tensor * kq_b,
+            ggml_tensor * sinks,
+                  float   kq_scale,
+                    int   il);
+
+    // what the graph builders of upstream hold on to, without tensors of its own
+    std::unique_ptr<llm_graph_input_attn_kv> inp_attn;
+
+private:
+    ggml_tensor * rows   = nullptr; // I64 [n_tps, n_stream, n_layers]
+    ggml_tensor * q_idxs = nullptr; // I32 [n_q*n_stream]
+    ggml_tensor * q_rows = nullptr; // I64 [n_q*n_stream]
+
+    // few tokens: the mask of each layer
+    ggml_tensor * kq_mask = nullptr; // F32 [sum over layers of n_kv*n_tps*n_stream]
+
+    // many tokens: what is needed to build it, positions relative to the first token of the sequence in the ubatch
+    ggml_tensor * pos_kv  = nullptr; // F32 [sum over layers of n_kv*n_stream]
+    ggml_tensor * pos_tok = nullptr; // F32 [1, n_tps, 1, n_stream]
+
+    // rotations of quantized K and V, by size
+    std::map<uint32_t, ggml_tensor *> rots;
+
+    // shape of the graph
+    uint32_t s0       = 0;
+    uint32_t n_stream = 1;
+    uint32_t n_tps    = 0;
+    uint32_t n_q      = 0;
+
+    std::vector<uint32_t> n_kv; // [n_layers]
+    std::vector<size_t>   offs; // [n_layers] first row of the layer, summed over the layers before it
+
+    const llama_kv_cache_depth_context * mctx;
+
+    ggml_tensor * build_kq_mask(const llm_graph_context & graph, uint32_t i) const;
+
+    ggml_tensor * build_rot(const llm_graph_context & graph, ggml_tensor * cur, uint32_t n_rot);
+};
+
+// the inputs of a model with SWA layers: theirs are those of upstream, the other layers are in a llm_graph_input_kv_depth
+class llm_graph_input_attn_kv_iswa_depth : public llm_graph_input_attn_kv_iswa {
+public:
+    llm_graph_input_attn_kv_iswa_depth(
+            const llama_hparams & hparams,
+            const llama_cparams & cparams,
+            const llama_kv_cache_depth_context * mctx);
+
+    bool can_reuse(const llm_graph_params & params) override;
+};

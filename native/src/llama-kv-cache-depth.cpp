@@ -1,0 +1,1370 @@
+#include "llama-kv-cache-depth.h"
+
+#include "llama-context.h"
+#include "llama-impl.h"
+#include "llama-io.h"
+#include "llama-model.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <stdexcept>
+
+// tokens freed at once while decoding, so that most steps do not have to evict at all
+static constexpr uint32_t n_evict_batch = 64;
+
+// a layer counts attention this many tokens before it first has to evict, so that the first choice is not a blind one
+static constexpr uint32_t n_warmup = 512;
+
+// rotation of quantized K and V, same rules as in llama_kv_cache
+static uint32_t llama_kv_depth_n_rot(ggml_type type, uint32_t n_embd_head, bool largest) {
+    const char * LLAMA_ATTN_ROT_DISABLE = getenv("LLAMA_ATTN_ROT_DISABLE");
+
+    if ((LLAMA_ATTN_ROT_DISABLE && atoi(LLAMA_ATTN_ROT_DISABLE)) || !ggml_is_quantized(type) || n_embd_head % 64 != 0) {
+        return 0;
+    }
+
+    uint32_t res = 64;
+    while (largest && n_embd_head % (2*res) == 0) {
+        res *= 2;
+    }
+
+    return res;
+}
+
+void llama_kv_cache_depth::stream_state::clear() {
+    pins.clear();
+
+    q_pos.assign(n_query, -1);
+    q_head = 0;
+    q_skip = 0;
+}
+
+llama_kv_cache_depth::llama_kv_cache_depth(
+        const llama_model         & model,
+        const llama_kv_depth_plan & plan,
+        const llama_memory_params & params,
+        const llama_cparams       & cparams) :
+    model(model), hparams(model.hparams), cparams(cparams), plan(plan),
+    score(llama_kv_score_init(plan.params.scorer)),
+    n_stream(cparams.n_seq_max), v_trans(!cparams.flash_attn) {
+
+    GGML_ASSERT(score);
+
+    // define a comparator for the buft -> ctx map to ensure that the order is well-defined
+    struct ggml_backend_buft_comparator {
+        bool operator()(const ggml_backend_buffer_type_t & lhs, const ggml_backend_buffer_type_t & rhs) const {
+            return strcmp(ggml_backend_buft_name(lhs), ggml_backend_buft_name(rhs)) < 0;
+        }
+    };
+    std::map<ggml_backend_buffer_type_t, ggml_context_ptr, ggml_backend_buft_comparator> ctx_map;
+
+    const auto ctx_for_buft = [&](ggml_backend_buffer_type_t buft) -> ggml_context * {
+        auto & ctx = ctx_map[buft];
+        if (!ctx) {
+            ggml_init_params params = {
+                /*.mem_size   =*/ 3*plan.layers.size()*ggml_tensor_overhead(),
+                /*.mem_buffer =*/ NULL,
+                /*.no_alloc   =*/ true,
+            };
+            ctx.reset(ggml_init(params));
+        }
+        return ctx.get();
+    };
+
+    for (const auto & pl : plan.layers) {
+        const uint32_t il = pl.il;
+
+        const uint32_t n_embd_head_k = hparams.n_embd_head_k(il);
+        const uint32_t n_embd_head_v = hparams.n_embd_head_v(il);
+
+        if (n_embd_head_k % ggml_blck_size(pl.type_k) != 0 || n_embd_head_v % ggml_blck_size(pl.type_v) != 0) {
+            throw std::runtime_error(format("KV types %s/%s do not divide the head size %u/%u of layer %u",
+                    ggml_type_name(pl.type_k), ggml_type_name(pl.type_v), n_embd_head_k, n_embd_head_v, il));
+        }
+        if (v_trans && ggml_is_quantized(pl.type_v)) {
+            throw std::runtime_error(format("V cache type %s of layer %u requires flash attention", ggml_type_name(pl.type_v), il));
+        }
+
+        auto * buft = cparams.offload_kqv ? ggml_backend_dev_buffer_type(model.dev_layer(il)) : ggml_backend_cpu_buffer_type();
+        auto * ctx  = ctx_for_buft(buft);
+
+        kv_layer layer;
+
+        layer.il      = il;
+        layer.n_cells = pl.cells;
+
+        layer.k = ggml_new_tensor_3d(ctx, pl.type_k, hparams.n_embd_k_gqa(il), pl.cells, n_stream);
+        layer.v = ggml_new_tensor_3d(ctx, pl.type_v, hparams.n_embd_v_gqa(il), pl.cells, n_stream);
+        layer.q = nullptr;
+
+        ggml_format_name(layer.k, "cache_depth_k_l%d", il);
+        ggml_format_name(layer.v, "cache_depth_v_l%d", il);
+
+        if (score->needs_attn() && pl.cells < plan.n_ctx_seq) {
+            layer.q = ggml_new_tensor_3d(ctx, GGML_TYPE_F16, n_embd_head_k*hparams.n_head(il), n_query, n_stream);
+            ggml_format_name(layer.q, "cache_depth_q_l%d", il);
+        }
+
+        layer.n_rot_k = llama_kv_depth_n_rot(pl.type_k, n_embd_head_k, true);
+        layer.n_rot_v = llama_kv_depth_n_rot(pl.type_v, n_embd_head_v, false);
+
+        layer.cells.resize(n_stream);
+        for (auto & cells : layer.cells) {
+            cells.resize(pl.cells);
+        }
+
+        map_layer_ids[il] = layers.size();
+
+        layers.push_back(std::move(layer));
+    }
+
+    for (uint32_t il = 0; il < hparams.n_layer(); ++il) {
+        const int32_t il_reuse = llama_kv_depth_layer_reuse(model, il);
+        if (!hparams.is_swa(il) && il_reuse != (int32_t) il) {
+            map_layer_ids[il] = map_layer_ids.at(il_reuse);
+        }
+    }
+
+    // allocate tensors and initialize the buffers to avoid NaNs in the padding
+    for (auto & [buft, ctx] : ctx_map) {
+        ggml_backend_buffer_t buf;
+        if (hparams.no_alloc) {
+            buf = ggml_backend_buft_alloc_buffer(buft, /*size =*/ 0); // dummy buffer
+            for (ggml_tensor * t = ggml_get_first_tensor(ctx.get()); t != nullptr; t = ggml_get_next_tensor(ctx.get(), t)) {
+                t->buffer = buf; // set dummy buffer so that the backend scheduler won't try to allocate it
+            }
+        } else {
+            buf = ggml_backend_alloc_ctx_tensors_from_buft(ctx.get(), buft); // real buffer
+        }
+        if (!buf) {
+            throw std::runtime_error("failed to allocate buffer for kv cache");
+        }
+
+        LLAMA_LOG_INFO("%s: %10s KV buffer size = %8.2f MiB\n", __func__, ggml_backend_buffer_name(buf), ggml_backend_buffer_get_size(buf)/1024.0/1024.0);
+
+        ggml_backend_buffer_clear(buf, 0);
+        ctxs_bufs.emplace_back(std::move(ctx), buf);
+    }
+
+    streams.resize(n_stream);
+    for (auto & stream : streams) {
+        stream.clear();
+    }
+
+    if (hparams.is_swa_any()) {
+        const layer_filter_cb filter = [&](int32_t il) {
+            return hparams.is_swa(il) && il < (int32_t) hparams.n_layer();
+        };
+        const layer_reuse_cb reuse = [&](int32_t il) {
+            const int32_t il_reuse = llama_kv_depth_layer_reuse(model, il);
+            return il_reuse == il ? -1 : il_reuse;
+        };
+
+        // the other layers are filtered out, so its base cache has cells but no tensors
+        kv_iswa = std::make_unique<llama_kv_cache_iswa>(
+                model, params.type_k, params.type_v, v_trans, cparams.offload_kqv, false, false,
+                cparams.n_ctx_seq, cparams.n_seq_max, cparams.n_ubatch, 1, nullptr, filter, reuse, nullptr);
+    }
+
+    uint32_t n_cells_min = layers[0].n_cells;
+    uint32_t n_cells_max = layers[0].n_cells;
+    for (const auto & layer : layers) {
+        n_cells_min = std::min(n_cells_min, layer.n_cells);
+        n_cells_max = std::max(n_cells_max, layer.n_cells);
+    }
+
+    LLAMA_LOG_INFO("%s: size = %7.2f MiB (%u..%u of %u cells, %3zu layers, %2u seqs), rule = %s, scorer = %s, n_ubatch = %u\n", __func__,
+            size_kv_bytes()/1024.0/1024.0, n_cells_min, n_cells_max, plan.n_ctx_seq, layers.size(), n_stream,
+            plan.params.rule.c_str(), score->name(), plan.n_ubatch);
+}
+
+//
+// llama_memory_i
+//
+
+llama_memory_context_ptr llama_kv_cache_depth::init_batch(llama_batch_allocr & balloc, uint32_t n_ubatch, bool embd_all) {
+    GGML_UNUSED(embd_all);
+
+    const auto fail = [](const char * why) {
+        if (why) {
+            LLAMA_LOG_ERROR("llama_kv_cache_depth: %s\n", why);
+        }
+        return std::make_unique<llama_kv_cache_depth_context>(LLAMA_MEMORY_STATUS_FAILED_PREPARE);
+    };
+
+    if (!cparams.causal_attn) {
+        return fail("a KV budget is not defined for non-causal attention");
+    }
+
+    balloc.split_reset();
+
+    std::vector<llama_ubatch> ubatches;
+    while (true) {
+        auto ubatch = n_stream == 1 ? balloc.split_simple(n_ubatch) : balloc.split_equal(n_ubatch, true, 0);
+
+        if (ubatch.n_tokens == 0) {
+            break;
+        }
+
+        ubatches.push_back(std::move(ubatch)); // NOLINT
+    }
+
+    if (balloc.get_n_used() < balloc.get_n_tokens()) {
+        return fail(nullptr);
+    }
+
+    // the cells never run out, the context does
+    std::vector<llama_pos> pos_min(n_stream);
+    for (uint32_t s = 0; s < n_stream; ++s) {
+        pos_min[s] = seq_pos_min(s);
+    }
+
+    for (const auto & ubatch : ubatches) {
+        if (ubatch.is_pos_2d() && !ubatch.token) {
+            return fail("a KV budget is not defined for images with two-dimensional positions (M-RoPE)");
+        }
+
+        for (uint32_t i = 0; i < ubatch.n_tokens; ++i) {
+            const uint32_t strm = ubatch.seq_id[i][0];
+
+            pos_min[strm] = pos_min[strm] < 0 ? ubatch.pos[i] : std::min(pos_min[strm], ubatch.pos[i]);
+
+            if (ubatch.pos[i] - pos_min[strm] >= (llama_pos) plan.n_ctx_seq) {
+                return fail(nullptr);
+            }
+        }
+    }
+
+    llama_memory_context_ptr ctx_iswa;
+
+    if (kv_iswa) {
+        auto sinfos_base = kv_iswa->get_base()->prepare(ubatches);
+        auto sinfos_swa  = kv_iswa->get_swa ()->prepare(ubatches);
+
+        if (sinfos_base.empty() || sinfos_swa.empty()) {
+            return fail(nullptr);
+        }
+
+        ctx_iswa = std::make_unique<llama_kv_cache_iswa_context>(kv_iswa.get(), std::move(sinfos_base), std::move(sinfos_swa), ubatches);
+    }
+
+    return std::make_unique<llama_kv_cache_depth_context>(this, std::move(ctx_iswa), std::move(ubatches));
+}
+
+llama_memory_context_ptr llama_kv_cache_depth::init_full() {
+    return std::make_unique<llama_kv_cache_depth_context>(this);
+}
+
+llama_memory_context_ptr llama_kv_cache_depth::init_update(llama_context * lctx, bool optimize) {
+    this->lctx = lctx;
+
+    bool do_shift = false;
+    for (const auto & layer : layers) {
+        for (const auto & cells : layer.cells) {
+            do_shift = do_shift || cells.get_has_shift();
+        }
+    }
+
+    return std::make_unique<llama_kv_cache_depth_context>(this, kv_iswa ? kv_iswa->init_update(lctx, optimize) : nullptr, do_shift);
+}
+
+bool llama_kv_cache_depth::get_can_shift() const {
+    // Step35 uses per-layer RoPE dims, M-RoPE has several positions per token (see llama_kv_cache::get_can_shift)
+    if (model.arch == LLM_ARCH_STEP35 || hparams.n_pos_per_embd() > 1) {
+        return false;
+    }
+
+    return !kv_iswa || kv_iswa->get_can_shift();
+}
+
+//
+// ops
+//
+
+std::pair<uint32_t, uint32_t> llama_kv_cache_depth::get_streams(llama_seq_id seq_id) const {
+    GGML_ASSERT(seq_id == -1 || (seq_id >= 0 && (uint32_t) seq_id < n_stream));
+
+    return seq_id == -1 ? std::make_pair(0u, n_stream) : std::make_pair((uint32_t) seq_id, (uint32_t) seq_id + 1);
+}
+
+void llama_kv_cache_depth::pos_range(llama_pos & p0, llama_pos & p1) const {
+    if (p0 < 0) {
+        p0 = 0;
+    }
+    if (p1 < 0) {
+        p1 = std::numeric_limits<llama_pos>::max();
+    }
+}
+
+void llama_kv_cache_depth::clear(bool data) {
+    for (auto & layer : layers) {
+        for (auto & cells : layer.cells) {
+            cells.clear();
+        }
+    }
+    for (auto & stream : streams) {
+        stream.clear();
+    }
+
+    if (data) {
+        for (auto & [_, buf] : ctxs_bufs) {
+            ggml_backend_buffer_clear(buf.get(), 0);
+        }
+    }
+
+    if (kv_iswa) {
+        kv_iswa->clear(data);
+    }
+}
+
+bool llama_kv_cache_depth::seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1) {
+    pos_range(p0, p1);
+
+    const auto [s0, s1] = get_streams(seq_id);
+
+    if (kv_iswa) {
+        // the next token has to find its window whole: a suffix that is longer than what the window-sized cache still
+        // holds before it cannot be taken back
+        for (uint32_t s = s0; s < s1; ++s) {
+            const llama_pos pos_min = kv_iswa->seq_pos_min(s);
+            const llama_pos pos_max = kv_iswa->seq_pos_max(s);
+
+            if (p0 > 0 && p0 <= pos_max && p1 > pos_max && pos_min > std::max(0, p0 - (llama_pos) hparams.n_swa + 1)) {
+                return false;
+            }
+        }
+
+        if (!kv_iswa->seq_rm(seq_id, p0, p1)) {
+            return false;
+        }
+    }
+
+    for (uint32_t s = s0; s < s1; ++s) {
+        auto & stream = streams[s];
+
+        // spans pinned ahead of the tokens stay
+        stream.pins.rm(p0, std::min(p1, seq_pos_max(s) + 1));
+
+        for (auto & p : stream.q_pos) {
+            if (p >= p0 && p < p1) {
+                p = -1;
+            }
+        }
+
+        for (auto & layer : layers) {
+            layer.cells[s].rm_range(p0, p1);
+        }
+    }
+
+    return true;
+}
+
+void llama_kv_cache_depth::seq_cp(llama_seq_id seq_id_src, llama_seq_id seq_id_dst, llama_pos p0, llama_pos p1) {
+    GGML_ASSERT(seq_id_src >= 0 && (uint32_t) seq_id_src < n_stream);
+    GGML_ASSERT(seq_id_dst >= 0 && (uint32_t) seq_id_dst < n_stream);
+
+    if (seq_id_src == seq_id_dst) {
+        return;
+    }
+
+    pos_range(p0, p1);
+
+    if (kv_iswa) {
+        // whole streams only, see llama_kv_cache::seq_cp
+        kv_iswa->seq_cp(seq_id_src, seq_id_dst, -1, -1);
+        kv_iswa->seq_rm(seq_id_dst, -1, p0);
+        kv_iswa->seq_rm(seq_id_dst, p1, -1);
+    }
+
+    synchronize();
+
+    streams[seq_id_dst] = streams[seq_id_src];
+
+    for (auto & layer : layers) {
+        auto & cells = layer.cells[seq_id_dst];
+
+        cells = layer.cells[seq_id_src];
+        cells.rm_range(0, p0);
+        cells.rm_range(p1, std::numeric_limits<llama_pos>::max());
+
+        ggml_init_params params = {
+            /*.mem_size   =*/ 2*ggml_tensor_overhead(),
+            /*.mem_buffer =*/ NULL,
+            /*.no_alloc   =*/ true,
+        };
+
+        for (ggml_tensor * t : { layer.k, layer.v, layer.q }) {
+            if (!t) {
+                continue;
+            }
+
+            ggml_context_ptr ctx { ggml_init(params) };
+
+            ggml_tensor * src = ggml_view_2d(ctx.get(), t, t->ne[0], t->ne[1], t->nb[1], seq_id_src*t->nb[2]);
+            ggml_tensor * dst = ggml_view_2d(ctx.get(), t, t->ne[0], t->ne[1], t->nb[1], seq_id_dst*t->nb[2]);
+
+            for (ggml_tensor * view : { src, dst }) {
+                ggml_backend_view_init(view);
+            }
+
+            ggml_backend_tensor_copy(src, dst);
+        }
+    }
+}
+
+void llama_kv_cache_depth::seq_keep(llama_seq_id seq_id) {
+    GGML_ASSERT(seq_id >= 0 && (uint32_t) seq_id < n_stream);
+
+    for (uint32_t s = 0; s < n_stream; ++s) {
+        if (s != (uint32_t) seq_id) {
+            seq_rm(s, -1, -1);
+        }
+    }
+}
+
+void llama_kv_cache_depth::seq_add(llama_seq_id seq_id, llama_pos p0, llama_pos p1, llama_pos shift) {
+    GGML_ASSERT(seq_id >= 0 && (uint32_t) seq_id < n_stream);
+    GGML_ASSERT(get_can_shift() && "seq_add() is not supported by this model");
+
+    if (shift == 0) {
+        return;
+    }
+
+    pos_range(p0, p1);
+
+    if (kv_iswa) {
+        kv_iswa->seq_add(seq_id, p0, p1, shift);
+    }
+
+    auto & stream = streams[seq_id];
+
+    stream.pins.shift(p0, p1, shift);
+
+    // the sampled queries keep their rotary position, so they cannot be compared with the shifted keys any more
+    for (auto & p : stream.q_pos) {
+        if (p >= p0 && p < p1) {
+            p = -1;
+        }
+    }
+
+    for (auto & layer : layers) {
+        layer.cells[seq_id].add_range(p0, p1, shift);
+    }
+}
+
+void llama_kv_cache_depth::seq_div(llama_seq_id seq_id, llama_pos p0, llama_pos p1, int d) {
+    GGML_ASSERT(seq_id >= 0 && (uint32_t) seq_id < n_stream);
+    GGML_ASSERT(get_can_shift() && "seq_div() is not supported by this model");
+
+    if (d == 1) {
+        return;
+    }
+
+    pos_range(p0, p1);
+
+    if (kv_iswa) {
+        kv_iswa->seq_div(seq_id, p0, p1, d);
+    }
+
+    auto & stream = streams[seq_id];
+
+    // pinned tokens would fall together with others
+    stream.pins.rm(p0, p1);
+
+    for (auto & p : stream.q_pos) {
+        if (p >= p0 && p < p1) {
+            p = -1;
+        }
+    }
+
+    for (auto & layer : layers) {
+        layer.cells[seq_id].div_range(p0, p1, d);
+    }
+}
+
+llama_pos llama_kv_cache_depth::seq_pos_min(llama_seq_id seq_id) const {
+    GGML_ASSERT(seq_id >= 0 && (uint32_t) seq_id < n_stream);
+
+    if (kv_iswa) {
+        return kv_iswa->seq_pos_min(seq_id);
+    }
+
+    llama_pos res = -1;
+    for (const auto & layer : layers) {
+        const llama_pos p = layer.cells[seq_id].pos_min();
+        if (p >= 0 && (res < 0 || p < res)) {
+            res = p;
+        }
+    }
+
+    return res;
+}
+
+llama_pos llama_kv_cache_depth::seq_pos_max(llama_seq_id seq_id) const {
+    GGML_ASSERT(seq_id >= 0 && (uint32_t) seq_id < n_stream);
+
+    // the last token is never evicted, so every layer has it
+    return layers[0].cells[seq_id].pos_max();
+}
+
+void llama_kv_cache_depth::seq_pin(llama_seq_id seq_id, llama_pos p0, llama_pos p1) {
+    GGML_ASSERT(seq_id >= 0 && (uint32_t) seq_id < n_stream);
+
+    pos_range(p0, p1);
+
+    const auto & params = plan.params;
+
+    auto pins = streams[seq_id].pins;
+    pins.add(p0, p1);
+
+    const uint32_t n_pin = pins.count(params.n_sink);
+
+    for (const auto & layer : layers) {
+        const uint32_t n_floor = params.n_sink + n_pin + params.n_recent + plan.n_ubatch;
+
+        if (layer.n_cells < plan.n_ctx_seq && layer.n_cells < n_floor) {
+            throw std::runtime_error(format("layer capacity %u is below the floor %u (%u sinks + %u pinned + %u recent + %u ubatch): raise --kv-budget or pin fewer tokens",
+                    layer.n_cells, n_floor, params.n_sink, n_pin, params.n_recent, plan.n_ubatch));
+        }
+    }
+
+    streams[seq_id].pins = std::move(pins);
+}
+
+void llama_kv_cache_depth::seq_unpin(llama_seq_id seq_id) {
+    const auto [s0, s1] = get_streams(seq_id);
+
+    for (uint32_t s = s0; s < s1; ++s) {
+        streams[s].pins.clear();
+    }
+}
+
+//
+// sizes
+//
+
+size_t llama_kv_cache_depth::size_layers_bytes() const {
+    size_t res = 0;
+    for (const auto & layer : layers) {
+        res += ggml_nbytes(layer.k) + ggml_nbytes(layer.v);
+    }
+    return res;
+}
+
+size_t llama_kv_cache_depth::size_kv_bytes() const {
+    size_t res = size_layers_bytes();
+
+    if (kv_iswa) {
+        for (const auto & [_, size] : kv_iswa->memory_breakdown()) {
+            res += size;
+        }
+    }
+
+    return res;
+}
+
+size_t llama_kv_cache_depth::size_scorer_bytes() const {
+    size_t res = sched.size();
+    for (const auto & layer : layers) {
+        res += layer.q ? ggml_nbytes(layer.q) : 0;
+    }
+    return res;
+}
+
+std::map<ggml_backend_buffer_type_t, size_t> llama_kv_cache_depth::memory_breakdown() const {
+    std::map<ggml_backend_buffer_type_t, size_t> res;
+
+    if (kv_iswa) {
+        res = kv_iswa->memory_breakdown();
+    }
+
+    for (const auto & [ctx, buf] : ctxs_bufs) {
+        auto * buft = ggml_backend_buffer_get_type(buf.get());
+
+        res[buft] += hparams.no_alloc ?
+            ggml_backend_alloc_ctx_tensors_from_buft_size(ctx.get(), buft) :
+            ggml_backend_buffer_get_size(buf.get());
+    }
+
+    return res;
+}
+
+//
+// eviction
+//
+
+void llama_kv_cache_depth::synchronize() const {
+    if (lctx) {
+        ggml_backend_sched_synchronize(lctx->get_sched());
+    }
+}
+
+bool llama_kv_cache_depth::evict(kv_layer & layer, uint32_t strm, uint32_t n_tokens) {
+    auto & cells  = layer.cells[strm];
+    auto & stream = streams[strm];
+
+    const uint32_t n_free = cells.size() - cells.get_used();
+
+    if (layer.q && n_free < n_tokens + n_warmup) {
+        const llama_pos n_new = cells.pos_max() - cells.pos_scored;
+
+        if (n_new >= (llama_pos) n_query_span || (n_free < n_tokens && cells.pos_scored < 0)) {
+            llama_kv_attn attn;
+
+            if (compute_attn(layer, strm, attn)) {
+                const uint32_t n_seen = attn.pos.back() - std::max(cells.pos_scored, 0);
+
+                score->accumulate(cells, attn, n_seen);
+
+                cells.pos_scored = attn.pos.back();
+
+                stat.n_score++;
+            }
+        }
+    }
+
+    if (n_free >= n_tokens) {
+        return true;
+    }
+
+    // a few cells more than needed while decoding, but not more than a small layer can spare
+    const uint32_t n_evict = std::max(n_tokens - n_free, std::min(n_evict_batch, cells.size()/32));
+
+    std::vector<float> scores;
+    score->score(cells, layer.il, scores);
+
+    const auto rows = llama_kv_score_select(cells, stream.pins, scores, plan.params.n_sink, plan.params.n_recent, n_evict);
+
+    // keep the counter: it says what eviction took since the sequence was last empty
+    for (const uint32_t i : rows) {
+        cells.rm(i);
+    }
+
+    cells.n_evicted += rows.size();
+    stat.n_evict    += rows.size();
+
+    return n_free + rows.size() >= n_tokens;
+}
+
+bool llama_kv_cache_depth::compute_attn(kv_layer & layer, uint32_t strm, llama_kv_attn & attn) {
+    GGML_ASSERT(layer.q);
+
+    const auto & cells  = layer.cells[strm];
+    const auto & stream = streams[strm];
+
+    for (const llama_pos p : stream.q_pos) {
+        if (p > cells.pos_scored) {
+            attn.pos.push_back(p);
+        }
+    }
+
+    if (attn.pos.empty()) {
+        return false;
+    }
+
+    std::sort(attn.pos.begin(), attn.pos.end());
+
+    const int64_t n_kv        = std::min(GGML_PAD(cells.used_max_p1(), 32), cells.size());
+    const int64_t n_head      = hparams.n_head(layer.il);
+    const int64_t n_head_kv   = hparams.n_head_kv(layer.il);
+    const int64_t n_gqa       = n_head/n_head_kv;
+    const int64_t n_embd_head = hparams.n_embd_head_k(layer.il);
+    const int64_t n_embd_v    = hparams.n_embd_head_v(layer.il);
+
+    ggml_tensor * inp_pos_kv = nullptr; // F32 [n_kv]
+    ggml_tensor * inp_pos_q  = nullptr; // F32 [1, n_query]
+    ggml_tensor * inp_weight = nullptr; // F32 [1, n_query*n_gqa, n_head_kv] 1 for a query that counts
+    ggml_tensor * inp_ones   = nullptr; // F32 [1, n_embd_v]
+    ggml_tensor * inp_rot_v  = nullptr;
+    ggml_tensor * out        = nullptr; // F32 [n_kv]
+
+    const auto build = [&](ggml_context * ctx, ggml_cgraph * gf) {
+        const auto new_input = [&](int64_t ne0, int64_t ne1, int64_t ne2) {
+            ggml_tensor * res = ggml_new_tensor_3d(ctx, GGML_TYPE_F32, ne0, ne1, ne2);
+            ggml_set_input(res);
+            return res;
+        };
+
+        inp_pos_kv = new_input(n_kv, 1, 1);
+        inp_pos_q  = new_input(1, n_query, 1);
+        inp_weight = new_input(1, n_query*n_gqa, n_head_kv);
+
+        ggml_tensor * mask = ggml_repeat_4d(ctx, inp_pos_kv, n_kv, n_query, 1, 1);
+        mask = ggml_sub  (ctx, mask, inp_pos_q);
+        mask = ggml_relu (ctx, mask);
+        mask = ggml_scale(ctx, mask, -1e30f);
+
+        const auto * lk = layer.k;
+        const auto * lq = layer.q;
+
+        ggml_tensor * k = ggml_view_3d(ctx, layer.k, n_embd_head, n_head_kv, n_kv,
+                ggml_row_size(lk->type, n_embd_head), lk->nb[1], strm*lk->nb[2]);
+        k = ggml_permute(ctx, k, 0, 2, 1, 3);
+
+        // the heads of a group are rows of one matrix, so that each key is read once for all of them
+        ggml_tensor * q = ggml_view_4d(ctx, layer.q, n_embd_head, n_gqa, n_head_kv, n_query,
+                ggml_row_size(lq->type, n_embd_head), ggml_row_size(lq->type, n_embd_head*n_gqa), lq->nb[1], strm*lq->nb[2]);
+        q = ggml_cast(ctx, ggml_permute(ctx, q, 0, 2, 3, 1), GGML_TYPE_F32);
+        q = ggml_reshape_3d(ctx, q, n_embd_head, n_query*n_gqa, n_head_kv);
+
+        ggml_tensor * kq = ggml_mul_mat(ctx, k, q);
+        ggml_prec_set_acc(kq, GGML_PREC_F32);
+
+        kq = ggml_reshape_3d(ctx, kq, n_kv, n_query, n_head);
+
+        if (hparams.attn_soft_cap) {
+            kq = ggml_scale(ctx, kq, 1.0f/hparams.f_attn_logit_softcapping);
+            kq = ggml_tanh (ctx, kq);
+            kq = ggml_scale(ctx, kq, hparams.f_attn_logit_softcapping);
+        }
+
+        kq = ggml_soft_max_ext(ctx, kq, mask, layer.kq_scale, 0.0f);
+        ggml_soft_max_add_sinks(kq, layer.sinks);
+
+        kq = ggml_reshape_3d(ctx, kq, n_kv, n_query*n_gqa, n_head_kv);
+
+        // sum over the queries of a group: [n_kv, 1, n_head_kv]
+        ggml_tensor * mass = ggml_out_prod(ctx, kq, inp_weight);
+
+        if (score->weights_value()) {
+            inp_ones = new_input(1, n_embd_v, 1);
+
+            if (layer.n_rot_v) {
+                inp_rot_v = new_input(layer.n_rot_v, layer.n_rot_v, 1);
+            }
+        }
+
+        // a head at a time: its values are needed in F32, all of them would be as large as the cache
+        for (int64_t h = 0; h < n_head_kv; ++h) {
+            ggml_tensor * cur = ggml_view_1d(ctx, mass, n_kv, h*mass->nb[2]);
+
+            if (score->weights_value()) {
+                const auto * lv = layer.v;
+
+                ggml_tensor * v;
+                if (v_trans) {
+                    const size_t nb1 = ggml_row_size(lv->type, lv->ne[1]);
+
+                    v = ggml_view_2d(ctx, layer.v, n_kv, n_embd_v, nb1, strm*lv->nb[2] + h*n_embd_v*nb1);
+                    v = ggml_cast(ctx, v, GGML_TYPE_F32);
+                } else {
+                    v = ggml_view_2d(ctx, layer.v, n_embd_v, n_kv, lv->nb[1], strm*lv->nb[2] + h*ggml_row_size(lv->type, n_embd_v));
+                    v = ggml_cast(ctx, v, GGML_TYPE_F32);
+                    if (inp_rot_v) {
+                        v = llama_mul_mat_hadamard(ctx, v, inp_rot_v);
+                    }
+                }
+
+                v = ggml_abs(ctx, v);
+                v = v_trans ? ggml_out_prod(ctx, v, inp_ones) : ggml_sum_rows(ctx, v);
+
+                cur = ggml_mul(ctx, ggml_reshape_1d(ctx, v, n_kv), cur);
+            }
+
+            out = out ? ggml_add(ctx, out, cur) : cur;
+        }
+
+        out = ggml_cont(ctx, out);
+        ggml_set_output(out);
+        ggml_build_forward_expand(gf, out);
+    };
+
+    const auto set_inputs = [&]() {
+        // no token ahead: an empty cell has a position that no query reaches
+        std::vector<float> data(n_kv);
+        for (int64_t i = 0; i < n_kv; ++i) {
+            data[i] = cells.is_empty(i) ? 1e9f : cells.pos_get(i);
+        }
+        ggml_backend_tensor_set(inp_pos_kv, data.data(), 0, ggml_nbytes(inp_pos_kv));
+
+        // a query that does not count may see everything, so that its softmax is defined
+        data.resize(n_query);
+        for (uint32_t i = 0; i < n_query; ++i) {
+            data[i] = stream.q_pos[i] > cells.pos_scored ? stream.q_pos[i] : 1e9f;
+        }
+        ggml_backend_tensor_set(inp_pos_q, data.data(), 0, ggml_nbytes(inp_pos_q));
+
+        data.resize(n_query*n_head);
+        for (int64_t h = 0; h < n_head; ++h) {
+            for (uint32_t i = 0; i < n_query; ++i) {
+                data[h*n_query + i] = stream.q_pos[i] > cells.pos_scored ? 1.0f : 0.0f;
+            }
+        }
+        ggml_backend_tensor_set(inp_weight, data.data(), 0, ggml_nbytes(inp_weight));
+
+        if (inp_ones && inp_ones->buffer) {
+            data.assign(n_embd_v, 1.0f);
+            ggml_backend_tensor_set(inp_ones, data.data(), 0, ggml_nbytes(inp_ones));
+        }
+
+        if (inp_rot_v && inp_rot_v->buffer) {
+            set_input_rot(inp_rot_v);
+        }
+    };
+
+    const auto get_outputs = [&]() {
+        attn.mass.resize(n_kv);
+        ggml_backend_tensor_get(out, attn.mass.data(), 0, ggml_nbytes(out));
+    };
+
+    return sched.compute(lctx->get_sched(), 64 + 16*n_head_kv, build, set_inputs, get_outputs);
+}
+
+bool llama_kv_cache_depth::apply_ubatch(const llama_ubatch & ubatch, slot_info & sinfo) {
+    const uint32_t n_seqs = n_stream > 1 ? ubatch.n_seqs_unq : 1;
+
+    GGML_ASSERT(ubatch.n_tokens % n_seqs == 0);
+
+    sinfo.s0       = ubatch.seq_id_unq[0];
+    sinfo.n_stream = n_seqs;
+    sinfo.n_tps    = ubatch.n_tokens/n_seqs;
+
+    for (uint32_t s = 0; s < n_seqs; ++s) {
+        // sequential splits put consecutive sequences in a ubatch, the views in the graph rely on it
+        GGML_ASSERT(ubatch.seq_id_unq[s] == (llama_seq_id) (sinfo.s0 + s));
+    }
+
+    const int64_t t_start_us = ggml_time_us();
+
+    bool need_sync = true;
+
+    for (auto & layer : layers) {
+        for (uint32_t s = 0; s < n_seqs; ++s) {
+            const auto & cells = layer.cells[sinfo.s0 + s];
+
+            const uint32_t n_free = cells.size() - cells.get_used();
+
+            if (n_free >= sinfo.n_tps + (layer.q && sinfo.n_tps > 1 ? n_warmup : 0)) {
+                continue;
+            }
+
+            // the samples and the cells are written by the previous ubatch, which may still be running
+            if (need_sync) {
+                synchronize();
+                need_sync = false;
+            }
+
+            if (!evict(layer, sinfo.s0 + s, sinfo.n_tps)) {
+                LLAMA_LOG_ERROR("%s: layer %u of sequence %u has no %u cells to spare\n", __func__, layer.il, sinfo.s0 + s, sinfo.n_tps);
+                return false;
+            }
+        }
+    }
+
+    if (!need_sync) {
+        stat.t_evict_us += ggml_time_us() - t_start_us;
+    }
+
+    // place the tokens
+
+    sinfo.n_kv.clear();
+    sinfo.rows.clear();
+
+    for (auto & layer : layers) {
+        uint32_t n_kv = 0;
+
+        for (uint32_t s = 0; s < n_seqs; ++s) {
+            auto & cells = layer.cells[sinfo.s0 + s];
+
+            for (uint32_t i = 0; i < sinfo.n_tps; ++i) {
+                sinfo.rows.push_back(cells.add(ubatch.pos[s*sinfo.n_tps + i]));
+            }
+
+            n_kv = std::max(n_kv, cells.used_max_p1());
+        }
+
+        // pad the n_kv value so that the graph remains constant across batches and can be reused
+        sinfo.n_kv.push_back(std::min((uint32_t) GGML_PAD(n_kv, 256), layer.n_cells));
+    }
+
+    // choose the queries to sample
+
+    const uint32_t n_skip = n_query_span/n_query;
+    const uint32_t n_q    = sinfo.n_tps == 1 ? 1 : std::min(n_query, (sinfo.n_tps + n_skip - 1)/n_skip);
+
+    sinfo.q_idxs.clear();
+    sinfo.q_rows.clear();
+
+    for (uint32_t s = 0; s < n_seqs; ++s) {
+        auto & stream = streams[sinfo.s0 + s];
+
+        for (uint32_t i = 0; i < n_q; ++i) {
+            // the last token is always one of them: every token of the chunk is seen by a query
+            const uint32_t idx = s*sinfo.n_tps + (score->samples_last() ? sinfo.n_tps - n_q + i : (i + 1)*sinfo.n_tps/n_q - 1);
+            const uint32_t row = stream.q_head;
+
+            sinfo.q_idxs.push_back(idx);
+            sinfo.q_rows.push_back(row);
+
+            stream.q_pos[row] = ubatch.pos[idx];
+
+            // one token at a time, a row is overwritten until it holds the sample to keep
+            if (sinfo.n_tps > 1 || ++stream.q_skip >= n_skip || score->samples_last()) {
+                stream.q_skip = 0;
+                stream.q_head = (row + 1)%n_query;
+            }
+        }
+    }
+
+    return true;
+}
+
+llama_kv_cache_depth::slot_info llama_kv_cache_depth::get_slot_full() const {
+    slot_info res;
+
+    res.s0       = 0;
+    res.n_stream = n_stream;
+    res.n_tps    = 0;
+
+    for (const auto & layer : layers) {
+        res.n_kv.push_back(layer.n_cells);
+    }
+
+    return res;
+}
+
+//
+// shift
+//
+
+void llama_kv_cache_depth::set_input_rot(ggml_tensor * dst) {
+    const int64_t n = dst->ne[0];
+
+    // Sylvester's construction: the sign is the parity of the bits that row and column share
+    std::vector<float> data(n*n);
+    for (int64_t i = 0; i < n; ++i) {
+        for (int64_t j = 0; j < n; ++j) {
+            bool odd = false;
+            for (int64_t b = i & j; b > 0; b &= b - 1) {
+                odd = !odd;
+            }
+            data[i*n + j] = (odd ? -1.0f : 1.0f)/sqrtf(n);
+        }
+    }
+
+    ggml_backend_tensor_set(dst, data.data(), 0, ggml_nbytes(dst));
+}
+
+bool llama_kv_cache_depth::update() {
+    synchronize();
+
+    // M-RoPE and per-layer RoPE dims are refused by get_can_shift()
+    for (auto & layer : layers) {
+        const uint32_t il = layer.il;
+
+        bool has_shift = false;
+        for (const auto & cells : layer.cells) {
+            has_shift = has_shift || cells.get_has_shift();
+        }
+
+        if (!has_shift) {
+            continue;
+        }
+
+        if (hparams.rope_type != LLAMA_ROPE_TYPE_NONE && hparams.has_rope(il)) {
+            ggml_tensor * inp_shift = nullptr; // I32 [n_cells*n_stream]
+            ggml_tensor * inp_rot   = nullptr;
+
+            const auto build = [&](ggml_context * ctx, ggml_cgraph * gf) {
+                inp_shift = ggml_new_tensor_1d(ctx, GGML_TYPE_I32, (int64_t) layer.n_cells*n_stream);
+                ggml_set_input(inp_shift);
+
+                const auto type = layer.k->type;
+
+                const int64_t n_rot       = hparams.n_rot(il);
+                const int64_t n_embd_head = hparams.n_embd_head_k(il);
+
+                ggml_tensor * k = ggml_view_3d(ctx, layer.k, ggml_is_quantized(type) ? n_embd_head : n_rot, hparams.n_head_kv(il), (int64_t) layer.n_cells*n_stream,
+                        ggml_row_size(type, n_embd_head), layer.k->nb[1], 0);
+
+                const auto rope = [&](ggml_tensor * cur) {
+                    return ggml_rope_ext(ctx, cur, inp_shift, model.get_rope_factors(cparams, il), n_rot, hparams.rope_type,
+                            cparams.n_ctx_orig_yarn, model.get_rope_freq_base(cparams, il), model.get_rope_freq_scale(cparams, il),
+                            cparams.yarn_ext_factor, cparams.yarn_attn_factor, cparams.yarn_beta_fast, cparams.yarn_beta_slow);
+                };
+
+                ggml_tensor * cur = ggml_cast(ctx, k, GGML_TYPE_F32);
+
+                if (layer.n_rot_k) {
+                    inp_rot = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, layer.n_rot_k, layer.n_rot_k);
+                    ggml_set_input(inp_rot);
+
+                    cur = llama_mul_mat_hadamard(ctx, cur, inp_rot);
+                    cur = rope(cur);
+                    cur = llama_mul_mat_hadamard(ctx, cur, inp_rot);
+                } else {
+                    cur = rope(cur);
+                }
+
+                ggml_build_forward_expand(gf, ggml_cpy(ctx, cur, k));
+            };
+
+            const auto set_inputs = [&]() {
+                std::vector<int32_t> data((size_t) layer.n_cells*n_stream);
+                for (uint32_t s = 0; s < n_stream; ++s) {
+                    for (uint32_t i = 0; i < layer.n_cells; ++i) {
+                        data[s*layer.n_cells + i] = layer.cells[s].get_shift(i);
+                    }
+                }
+                ggml_backend_tensor_set(inp_shift, data.data(), 0, ggml_nbytes(inp_shift));
+
+                if (inp_rot) {
+                    set_input_rot(inp_rot);
+                }
+            };
+
+            if (!sched.compute(lctx->get_sched(), 64, build, set_inputs, []() {})) {
+                return false;
+            }
+        }
+
+        for (auto & cells : layer.cells) {
+            cells.reset_shift();
+        }
+    }
+
+    return true;
+}
+
+//
+// state write/load
+//
+
+// version of the format below
+static constexpr uint32_t LLAMA_KV_DEPTH_STATE_VERSION = 1;
+
+void llama_kv_cache_depth::state_write(llama_io_write_i & io, llama_seq_id seq_id, llama_state_seq_flags flags) const {
+    // partial states hold what cannot be rolled back, that is the SWA layers
+    if ((flags & LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY) == 0) {
+        const auto [s0, s1] = get_streams(seq_id);
+
+        const uint32_t version  = LLAMA_KV_DEPTH_STATE_VERSION;
+        const uint32_t n_layers = layers.size();
+        const uint32_t n_strm   = s1 - s0;
+        const uint32_t is_trans = v_trans;
+
+        io.write(&version,  sizeof(version));
+        io.write(&n_layers, sizeof(n_layers));
+        io.write(&n_strm,   sizeof(n_strm));
+        io.write(&is_trans, sizeof(is_trans));
+
+        for (uint32_t s = s0; s < s1; ++s) {
+            state_write_stream(io, s);
+        }
+    }
+
+    if (kv_iswa) {
+        kv_iswa->state_write(io, seq_id, flags);
+    }
+}
+
+void llama_kv_cache_depth::state_read(llama_io_read_i & io, llama_seq_id seq_id, llama_state_seq_flags flags) {
+    if ((flags & LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY) == 0) {
+        const auto [s0, s1] = get_streams(seq_id);
+
+        uint32_t version;
+        uint32_t n_layers;
+        uint32_t n_strm;
+        uint32_t is_trans;
+
+        io.read(&version,  sizeof(version));
+        io.read(&n_layers, sizeof(n_layers));
+        io.read(&n_strm,   sizeof(n_strm));
+        io.read(&is_trans, sizeof(is_trans));
+
+        if (version != LLAMA_KV_DEPTH_STATE_VERSION || n_layers != layers.size() || n_strm != s1 - s0) {
+            throw std::runtime_error(format("the saved KV state (version %u, %u layers, %u sequences) does not fit this context (version %u, %zu layers, %u sequences)",
+                    version, n_layers, n_strm, LLAMA_KV_DEPTH_STATE_VERSION, layers.size(), s1 - s0));
+        }
+        if (is_trans != (uint32_t) v_trans) {
+            throw std::runtime_error("the saved KV state is from a context with another flash attention setting");
+        }
+
+        for (uint32_t s = s0; s < s1; ++s) {
+            state_clear_stream(s);
+
+            try {
+                state_read_stream(io, s);
+            } catch (...) {
+                state_clear_stream(s);
+                throw;
+            }
+        }
+    }
+
+    if (kv_iswa) {
+        kv_iswa->state_read(io, seq_id, flags);
+    }
+}
+
+template <typename T>
+static void llama_kv_depth_write(llama_io_write_i & io, const std::vector<T> & data, size_t n) {
+    if (n > 0) {
+        io.write(data.data(), n*sizeof(T));
+    }
+}
+
+template <typename T>
+static void llama_kv_depth_read(llama_io_read_i & io, std::vector<T> & data, size_t n) {
+    data.resize(n);
+    if (n > 0) {
+        io.read(data.data(), n*sizeof(T));
+    }
+}
+
+void llama_kv_cache_depth::state_write_stream(llama_io_write_i & io, uint32_t strm) const {
+    const auto & stream = streams[strm];
+
+    const uint32_t n_pins = stream.pins.spans.size();
+
+    io.write(&n_pins, sizeof(n_pins));
+    for (const auto & [p0, p1] : stream.pins.spans) {
+        io.write(&p0, sizeof(p0));
+        io.write(&p1, sizeof(p1));
+    }
+
+    llama_kv_depth_write(io, stream.q_pos, n_query);
+    io.write(&stream.q_head, sizeof(stream.q_head));
+    io.write(&stream.q_skip, sizeof(stream.q_skip));
+
+    for (const auto & layer : layers) {
+        const auto & cells = layer.cells[strm];
+
+        // rows are restored where they were, holes included: the order of summation in attention stays the same
+        const uint32_t n_rows    = cells.used_max_p1();
+        const uint32_t has_q     = layer.q != nullptr;
+        const uint32_t has_shift = cells.get_has_shift();
+        const int32_t  type_k    = layer.k->type;
+        const int32_t  type_v    = layer.v->type;
+
+        io.write(&layer.il,         sizeof(layer.il));
+        io.write(&type_k,           sizeof(type_k));
+        io.write(&type_v,           sizeof(type_v));
+        io.write(&n_rows,           sizeof(n_rows));
+        io.write(&has_q,            sizeof(has_q));
+        io.write(&has_shift,        sizeof(has_shift));
+        io.write(&cells.pos_scored, sizeof(cells.pos_scored));
+        io.write(&cells.n_evicted,  sizeof(cells.n_evicted));
+
+        if (n_rows == 0) {
+            continue;
+        }
+
+        io.write(cells.pos_data(), n_rows*sizeof(llama_pos));
+
+        llama_kv_depth_write(io, cells.acc, n_rows);
+        llama_kv_depth_write(io, cells.cnt, n_rows);
+
+        if (has_shift) {
+            std::vector<llama_pos> shift(n_rows);
+            for (uint32_t i = 0; i < n_rows; ++i) {
+                shift[i] = cells.get_shift(i);
+            }
+            llama_kv_depth_write(io, shift, n_rows);
+        }
+
+        io.write_tensor(layer.k, strm*layer.k->nb[2], n_rows*layer.k->nb[1]);
+
+        if (!v_trans) {
+            io.write_tensor(layer.v, strm*layer.v->nb[2], n_rows*layer.v->nb[1]);
+        } else {
+            const size_t size_el = ggml_type_size(layer.v->type);
+
+            for (int64_t j = 0; j < layer.v->ne[0]; ++j) {
+                io.write_tensor(layer.v, strm*layer.v->nb[2] + j*layer.n_cells*size_el, n_rows*size_el);
+            }
+        }
+
+        if (has_q) {
+            io.write_tensor(layer.q, strm*layer.q->nb[2], layer.q->nb[2]);
+        }
+    }
+}
+
+void llama_kv_cache_depth::state_read_stream(llama_io_read_i & io, uint32_t strm) {
+    auto & stream = streams[strm];
+
+    uint32_t n_pins;
+    io.read(&n_pins, sizeof(n_pins));
+    for (uint32_t i = 0; i < n_pins; ++i) {
+        llama_pos p0;
+        llama_pos p1;
+        io.read(&p0, sizeof(p0));
+        io.read(&p1, sizeof(p1));
+        if (p0 < 0 || p1 <= p0) {
+            throw std::runtime_error("the saved KV state has an invalid pinned span");
+        }
+        seq_pin(strm, p0, p1);
+    }
+
+    llama_kv_depth_read(io, stream.q_pos, n_query);
+    io.read(&stream.q_head, sizeof(stream.q_head));
+    io.read(&stream.q_skip, sizeof(stream.q_skip));
+    if (stream.q_head >= n_query) {
+        throw std::runtime_error("the saved KV state has invalid query samples");
+    }
+
+    for (auto & layer : layers) {
+        auto & cells = layer.cells[strm];
+
+        uint32_t  il;
+        int32_t   type_k;
+        int32_t   type_v;
+        uint32_t  n_rows;
+        uint32_t  has_q;
+        uint32_t  has_shift;
+        llama_pos pos_scored;
+        uint64_t  n_evicted;
+
+        io.read(&il,         sizeof(il));
+        io.read(&type_k,     sizeof(type_k));
+        io.read(&type_v,     sizeof(type_v));
+        io.read(&n_rows,     sizeof(n_rows));
+        io.read(&has_q,      sizeof(has_q));
+        io.read(&has_shift,  sizeof(has_shift));
+        io.read(&pos_scored, sizeof(pos_scored));
+        io.read(&n_evicted,  sizeof(n_evicted));
+
+        if (il != layer.il || type_k != layer.k->type || type_v != layer.v->type) {
+            throw std::runtime_error(format("the saved KV state does not fit layer %u: other K or V type", layer.il));
+        }
+        if (n_rows > layer.n_cells) {
+            throw std::runtime_error(format("the saved KV state has %u cells in layer %u, this context has %u: use the same KV budget", n_rows, il, layer.n_cells));
+        }
+        if (has_q != (layer.q != nullptr)) {
+            throw std::runtime_error(format("the saved KV state does not fit layer %u: other scorer or budget", layer.il));
+        }
+
+        if (n_rows == 0) {
+            continue;
+        }
+
+        std::vector<llama_pos> pos;
+        std::vector<float>     acc;
+        std::vector<float>     cnt;
+        std::vector<llama_pos> shift;
+
+        llama_kv_depth_read(io, pos, n_rows);
+        llama_kv_depth_read(io, acc, n_rows);
+        llama_kv_depth_read(io, cnt, n_rows);
+
+        if (has_shift) {
+            llama_kv_depth_read(io, shift, n_rows);
+        }
+
+        for (uint32_t i = 0; i < n_rows; ++i) {
+            if (pos[i] < 0) {
+                continue;
+            }
+            cells.set(i, pos[i]);
+            cells.acc[i] = acc[i];
+            cells.cnt[i] = cnt[i];
+            if (has_shift && shift[i] != 0) {
+                cells.set_shift(i, shift[i]);
+            }
+        }
+
+        cells.pos_scored = pos_scored;
+        cells.n_evicted  = n_evicted;
+
+        io.read_tensor(layer.k, strm*layer.k->nb[2], n_rows*layer.k->nb[1]);
+
+        if (!v_trans) {
+            io.read_tensor(layer.v, strm*layer.v->nb[2], n_rows*layer.v->nb[1]);
+        } else {
+            const size_t size_el = ggml_type_size(layer.v->type);
+
+            for (int64_t j = 0; j < layer.v->ne[0]; ++j) {
+                io.read_tensor(layer.v, strm*layer.v->nb[2] + j*layer.n_cells*size_el, n_rows*size_el);
+            }
+        }
+
+        if (has_q) {
+            io.read_tensor(layer.q, strm*layer.q->nb[2], layer.q->nb[2]);
+        }
+    }
+}
+
+void llama_kv_cache_depth::state_clear_stream(uint32_t strm) {
+    streams[strm].clear();
+
+    for (auto & layer : layers) {
+        layer.cells[strm].clear();
+    }
+}
+
+//
+// llama_kv_cache_depth_context
+//
+
+llama_kv_cache_depth_context::llama_kv_cache_depth_context(llama_memory_status status) : status(status) {}
+
+llama_kv_cache_depth_context::llama_kv_cache_depth_context(llama_kv_cache_depth * kv) :
+    status(LLAMA_MEMORY_STATUS_SUCCESS), kv(kv),
+    ctx_iswa(kv->get_iswa() ? kv->get_iswa()->init_full() : nullptr),
+    sinfo(kv->get_slot_full()) {
+}
+
+llama_kv_cache_depth_context::llama_kv_cache_depth_context(
+        llama_kv_cache_depth * kv,
+        llama_memory_context_ptr ctx_iswa,
+        bool do_shift) :
+    status(llama_memory_status_combine(
+                do_shift ? LLAMA_MEMORY_STATUS_SUCCESS : LLAMA_MEMORY_STATUS_NO_UPDATE,
+                ctx_iswa ? ctx_iswa->get_status()      : LLAMA_MEMORY_STATUS_NO_UPDATE)),
+    kv(kv), ctx_iswa(std::move(ctx_iswa)), do_shift(do_shift) {
+}
+
+llama_kv_cache_depth_context::llama_kv_cache_depth_context(
+        llama_kv_cache_depth * kv,
+        llama_memory_context_ptr ctx_iswa,
+        std::vector<llama_ubatch> ubatches) :
+    status(LLAMA_MEMORY_STATUS_SUCCESS), kv(kv), ctx_iswa(std::move(ctx_iswa)), ubatches(std::move(ubatches)) {
+}
+
+bool llama_kv_cache_depth_context::next() {
+    assert(status == LLAMA_MEMORY_STATUS_SUCCESS);
+
+    if (ctx_iswa) {
+        ctx_iswa->next();
+    }
+
+    return ++i_next < ubatches.size();
+}
+
+bool llama_kv_cache_depth_context::apply() {
+    assert(!llama_memory_status_is_fail(status));
+
+    bool res = true;
+
+    if (ctx_iswa && (!ubatches.empty() || ctx_iswa->get_status() == LLAMA_MEMORY_STATUS_SUCCESS)) {
+        res = res & ctx_iswa->apply();
+    }
+
+    // no ubatches -> this is a KV cache update
+    if (ubatches.empty()) {
+        if (do_shift) {
+            res = res & kv->update();
+        }
+
+        return res;
+    }
+
+    return res & kv->apply_ubatch(ubatches[i_next], sinfo);
+}
+
+llama_memory_status llama_kv_cache_depth_context::get_status() const {
+    return status;
+}
+
+const llama_ubatch & llama_kv_cache_depth_context::get_ubatch() const {
+    assert(status == LLAMA_MEMORY_STATUS_SUCCESS);
+
+    return ubatches[i_next];
+}
+
+const llama_kv_cache_iswa_context * llama_kv_cache_depth_context::get_iswa() const {
+    return static_cast<const llama_kv_cache_iswa_context *>(ctx_iswa.get());
+}

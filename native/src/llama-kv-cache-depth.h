@@ -1,0 +1,292 @@
+#pragma once
+
+#include "llama-batch.h"
+#include "llama-kv-cache-iswa.h"
+#include "llama-kv-depth-cells.h"
+#include "llama-kv-depth-params.h"
+#include "llama-kv-depth-sched.h"
+#include "llama-kv-score.h"
+#include "llama-memory.h"
+
+#include <unordered_map>
+#include <vector>
+
+struct llama_cparams;
+struct llama_hparams;
+struct llama_model;
+struct llama_context;
+
+//
+// llama_kv_cache_depth
+//
+
+// a KV cache of its own size for every layer
+//
+//   logical context: n_ctx positions        physical cells: cells[il] per layer
+//
+// evicting a token in a layer frees its cell there. no K or V row moves: kept keys keep their rotary position, the next
+// token is scattered into the hole by ggml_set_rows. before a ubatch runs, every layer frees enough cells to hold it, so
+// memory is bounded at every moment, prefill included
+//
+// one stream per sequence: a cell belongs to one sequence, so its position alone decides who may attend to it
+//
+// layers with a sliding window are bounded already, they stay in a llama_kv_cache_iswa
+class llama_kv_cache_depth : public llama_memory_i {
+public:
+    // queries sampled for scoring: so many of them are kept, and they cover so many tokens
+    static constexpr uint32_t n_query      = 32;
+    static constexpr uint32_t n_query_span = 128;
+
+    llama_kv_cache_depth(
+            const llama_model         & model,
+            const llama_kv_depth_plan & plan,
+            const llama_memory_params & params,
+            const llama_cparams       & cparams);
+
+    ~llama_kv_cache_depth() = default;
+
+    //
+    // llama_memory_i
+    //
+
+    llama_memory_context_ptr init_batch(
+            llama_batch_allocr & balloc,
+            uint32_t n_ubatch,
+            bool embd_all) override;
+
+    llama_memory_context_ptr init_full() override;
+
+    llama_memory_context_ptr init_update(llama_context * lctx, bool optimize) override;
+
+    bool get_can_shift() const override;
+
+    void clear(bool data) override;
+
+    bool seq_rm  (llama_seq_id seq_id,                              llama_pos p0, llama_pos p1) override;
+    void seq_cp  (llama_seq_id seq_id_src, llama_seq_id seq_id_dst, llama_pos p0, llama_pos p1) override;
+    void seq_keep(llama_seq_id seq_id)                                                          override;
+    void seq_add (llama_seq_id seq_id,                              llama_pos p0, llama_pos p1, llama_pos shift) override;
+    void seq_div (llama_seq_id seq_id,                              llama_pos p0, llama_pos p1, int d) override;
+
+    llama_pos seq_pos_min(llama_seq_id seq_id) const override;
+    llama_pos seq_pos_max(llama_seq_id seq_id) const override;
+
+    std::map<ggml_backend_buffer_type_t, size_t> memory_breakdown() const override;
+
+    // state write/load
+
+    void state_write(llama_io_write_i & io, llama_seq_id seq_id = -1, llama_state_seq_flags flags = 0) const override;
+    void state_read (llama_io_read_i  & io, llama_seq_id seq_id = -1, llama_state_seq_flags flags = 0) override;
+
+    //
+    // llama_kv_cache_depth specific API
+    //
+
+    // where the tokens of one ubatch go, decided by llama_kv_cache_depth_context::apply()
+    struct slot_info {
+        // streams [s0, s0 + n_stream), the same number of tokens in each
+        uint32_t s0       = 0;
+        uint32_t n_stream = 1;
+        uint32_t n_tps    = 0;
+
+        std::vector<uint32_t> n_kv; // [n_layers]                    rows that attention reads
+        std::vector<uint32_t> rows; // [n_layers][n_stream][n_tps]   rows of the tokens
+
+        std::vector<uint32_t> q_idxs; // [n_stream][n_q] sampled queries: index in the ubatch
+        std::vector<uint32_t> q_rows; // [n_stream][n_q] ..             row in the layer's query samples
+    };
+
+    struct kv_layer {
+        // layer index in the model
+        uint32_t il;
+
+        uint32_t n_cells;
+
+        ggml_tensor * k; // [n_embd_k_gqa, n_cells, n_stream]
+        ggml_tensor * v; // [n_embd_v_gqa, n_cells, n_stream]
+        ggml_tensor * q; // [n_embd_q, n_query, n_stream] sampled queries, nullptr if the scorer needs none
+
+        // K and V are stored rotated (see llama_kv_cache::attn_rot_k), sizes of the rotation, 0: none
+        uint32_t n_rot_k;
+        uint32_t n_rot_v;
+
+        std::vector<llama_kv_depth_cells> cells; // [n_stream]
+
+        // the attention of the layer as the graph has it, for the scoring pass
+        float         kq_scale = 0.0f;
+        ggml_tensor * sinks    = nullptr;
+    };
+
+    const llama_kv_depth_plan & get_plan() const { return plan; }
+
+    uint32_t get_n_stream() const { return n_stream; }
+    bool     get_v_trans()  const { return v_trans;  }
+
+    const std::vector<kv_layer> & get_layers() const { return layers; }
+
+    // layer whose cells model layer il reads
+    kv_layer & get_layer(int32_t il) { return layers[map_layer_ids.at(il)]; }
+
+    // the SWA layers, nullptr if the model has none
+    llama_kv_cache_iswa * get_iswa() const { return kv_iswa.get(); }
+
+    const llama_cparams & get_cparams() const { return cparams; }
+
+    // bytes of K and V, SWA layers included, and of the eviction state
+    size_t size_kv_bytes()     const;
+    size_t size_scorer_bytes() const;
+
+    // see llama_depthkv_pin(), throws one line if the layers have no room left
+    void seq_pin  (llama_seq_id seq_id, llama_pos p0, llama_pos p1);
+    void seq_unpin(llama_seq_id seq_id);
+
+    // bring every layer to hold the ubatch: evict where there is no room, then place the tokens
+    // returns false if there is not enough to evict
+    bool apply_ubatch(const llama_ubatch & ubatch, slot_info & sinfo);
+
+    // slot info of a full cache, to reserve the worst-case graph
+    slot_info get_slot_full() const;
+
+    // rotate the keys of the cells that have been shifted
+    bool update();
+
+    // fill with an orthonormal Walsh-Hadamard matrix, F32 [n, n] in host memory
+    static void set_input_rot(ggml_tensor * dst);
+
+    struct stats {
+        uint64_t n_score    = 0;
+        uint64_t n_evict    = 0;
+        int64_t  t_evict_us = 0;
+    };
+
+    const stats & get_stats() const { return stat; }
+
+private:
+    // state of one sequence that its layers share
+    struct stream_state {
+        llama_kv_depth_pins pins;
+
+        // positions of the sampled queries, -1: none, and the row of the next one
+        std::vector<llama_pos> q_pos;
+        uint32_t               q_head = 0;
+        // tokens seen one at a time, of which only every few is kept as a sample
+        uint32_t               q_skip = 0;
+
+        void clear();
+    };
+
+    const llama_model   & model;
+    const llama_hparams & hparams;
+    const llama_cparams & cparams;
+
+    const llama_kv_depth_plan plan;
+
+    const llama_kv_score_ptr score;
+
+    const uint32_t n_stream;
+    const bool     v_trans;
+
+    std::vector<kv_layer> layers;
+
+    // model layer id -> index in layers
+    std::unordered_map<int32_t, int32_t> map_layer_ids;
+
+    std::vector<stream_state> streams; // [n_stream]
+
+    // ggml contexts along with the allocated backend buffers
+    std::vector<std::pair<ggml_context_ptr, ggml_backend_buffer_ptr>> ctxs_bufs;
+
+    std::unique_ptr<llama_kv_cache_iswa> kv_iswa;
+
+    // computes scores and shifts apart from the main graph, so that this one can be reused
+    llama_kv_depth_sched sched;
+
+    // known from the first update on, before that nothing can have been computed
+    llama_context * lctx = nullptr;
+
+    stats stat;
+
+    // streams of a sequence id, -1 stands for all
+    std::pair<uint32_t, uint32_t> get_streams(llama_seq_id seq_id) const;
+
+    void pos_range(llama_pos & p0, llama_pos & p1) const;
+
+    bool evict(kv_layer & layer, uint32_t strm, uint32_t n_tokens);
+
+    // attention of the sampled queries that the layer has not counted yet, false if there is none
+    bool compute_attn(kv_layer & layer, uint32_t strm, llama_kv_attn & attn);
+
+    // wait for the main graph before its results are read
+    void synchronize() const;
+
+    size_t size_layers_bytes() const;
+
+    void state_write_stream(llama_io_write_i & io, uint32_t strm) const;
+    void state_read_stream (llama_io_read_i  & io, uint32_t strm);
+    void state_clear_stream(uint32_t strm);
+};
+
+class llama_kv_cache_depth_context : public llama_memory_context_i {
+public:
+    // used for errors
+    llama_kv_cache_depth_context(llama_memory_status status);
+
+    // used to create a full-cache context
+    llama_kv_cache_depth_context(llama_kv_cache_depth * kv);
+
+    // used to create an update context
+    llama_kv_cache_depth_context(
+            llama_kv_cache_depth * kv,
+            llama_memory_context_ptr ctx_iswa,
+            bool do_shift);
+
+    // used to create a batch processing context from a batch
+    llama_kv_cache_depth_context(
+            llama_kv_cache_depth * kv,
+            llama_memory_context_ptr ctx_iswa,
+            std::vector<llama_ubatch> ubatches);
+
+    virtual ~llama_kv_cache_depth_context() = default;
+
+    //
+    // llama_memory_context_i
+    //
+
+    bool next()  override;
+    bool apply() override;
+
+    llama_memory_status  get_status() const override;
+    const llama_ubatch & get_ubatch() const override;
+
+    //
+    // llama_kv_cache_depth_context specific API
+    //
+
+    llama_kv_cache_depth * get_kv() const { return kv; }
+
+    const llama_kv_cache_depth::slot_info & get_sinfo() const { return sinfo; }
+
+    // nullptr if the model has no SWA layers
+    const llama_kv_cache_iswa_context * get_iswa() const;
+
+private:
+    const llama_memory_status status;
+
+    llama_kv_cache_depth * kv = nullptr;
+
+    llama_memory_context_ptr ctx_iswa;
+
+    // update context
+
+    bool do_shift = false;
+
+    // batch processing context
+
+    // the index of the next ubatch to process
+    size_t i_next = 0;
+
+    std::vector<llama_ubatch> ubatches;
+
+    // rows of one ubatch only: the next ubatch may evict
+    llama_kv_cache_depth::slot_info sinfo;
+};

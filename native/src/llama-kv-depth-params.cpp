@@ -1,0 +1,390 @@
+#include "llama-kv-depth-params.h"
+
+#include "llama-arch.h"
+#include "llama-cparams.h"
+#include "llama-impl.h"
+#include "llama-kv-alloc.h"
+#include "llama-kv-score.h"
+#include "llama-model-loader.h"
+#include "llama-model.h"
+
+#include <algorithm>
+#include <cmath>
+#include <stdexcept>
+
+//
+// keys
+//
+
+// the keys are few and private to this file, so they are read with gguf.h: a wrong type must be an error that names the
+// key, also when it comes from the command line
+static const llama_model_kv_override * llama_kv_depth_find_override(const llama_model_loader & ml, const char * key) {
+    const auto it = ml.kv_overrides.find(key);
+
+    return it == ml.kv_overrides.end() ? nullptr : &it->second;
+}
+
+static bool llama_kv_depth_get_f32(const llama_model_loader & ml, const char * key, float & res) {
+    if (const auto * ovrd = llama_kv_depth_find_override(ml, key)) {
+        switch (ovrd->tag) {
+            case LLAMA_KV_OVERRIDE_TYPE_FLOAT: res = ovrd->val_f64; return true;
+            case LLAMA_KV_OVERRIDE_TYPE_INT:   res = ovrd->val_i64; return true;
+            default: throw std::runtime_error(format("key '%s' must be overridden with a float", key));
+        }
+    }
+
+    const int64_t id = gguf_find_key(ml.metadata, key);
+    if (id < 0) {
+        return false;
+    }
+
+    if (gguf_get_kv_type(ml.metadata, id) != GGUF_TYPE_FLOAT32) {
+        throw std::runtime_error(format("key '%s' must be of type f32, not %s", key, gguf_type_name(gguf_get_kv_type(ml.metadata, id))));
+    }
+
+    res = gguf_get_val_f32(ml.metadata, id);
+
+    return true;
+}
+
+static bool llama_kv_depth_get_u32(const llama_model_loader & ml, const char * key, uint32_t & res) {
+    if (const auto * ovrd = llama_kv_depth_find_override(ml, key)) {
+        if (ovrd->tag != LLAMA_KV_OVERRIDE_TYPE_INT || ovrd->val_i64 < 0 || ovrd->val_i64 > INT32_MAX) {
+            throw std::runtime_error(format("key '%s' must be overridden with a non-negative integer", key));
+        }
+        res = ovrd->val_i64;
+        return true;
+    }
+
+    const int64_t id = gguf_find_key(ml.metadata, key);
+    if (id < 0) {
+        return false;
+    }
+
+    if (gguf_get_kv_type(ml.metadata, id) != GGUF_TYPE_UINT32) {
+        throw std::runtime_error(format("key '%s' must be of type u32, not %s", key, gguf_type_name(gguf_get_kv_type(ml.metadata, id))));
+    }
+
+    res = gguf_get_val_u32(ml.metadata, id);
+
+    return true;
+}
+
+static bool llama_kv_depth_get_str(const llama_model_loader & ml, const char * key, std::string & res) {
+    if (const auto * ovrd = llama_kv_depth_find_override(ml, key)) {
+        if (ovrd->tag != LLAMA_KV_OVERRIDE_TYPE_STR) {
+            throw std::runtime_error(format("key '%s' must be overridden with a string", key));
+        }
+        res = ovrd->val_str;
+        return true;
+    }
+
+    const int64_t id = gguf_find_key(ml.metadata, key);
+    if (id < 0) {
+        return false;
+    }
+
+    if (gguf_get_kv_type(ml.metadata, id) != GGUF_TYPE_STRING) {
+        throw std::runtime_error(format("key '%s' must be of type string, not %s", key, gguf_type_name(gguf_get_kv_type(ml.metadata, id))));
+    }
+
+    res = gguf_get_val_str(ml.metadata, id);
+
+    return true;
+}
+
+static void llama_kv_depth_params_load(const llama_model_loader & ml, llama_kv_depth_params & params) {
+    uint32_t version = 1;
+    llama_kv_depth_get_u32(ml, "depthkv.version", version);
+    if (version != 1) {
+        throw std::runtime_error(format("key 'depthkv.version' is %u, this build reads version 1: update it", version));
+    }
+
+    if (llama_kv_depth_get_f32(ml, "depthkv.budget", params.budget) && !(params.budget > 0.0f && params.budget <= 1.0f)) {
+        throw std::runtime_error(format("key 'depthkv.budget' is %g: it must be above 0 and at most 1", params.budget));
+    }
+
+    llama_kv_depth_get_str(ml, "depthkv.scorer",        params.scorer);
+    llama_kv_depth_get_u32(ml, "depthkv.sink_tokens",   params.n_sink);
+    llama_kv_depth_get_u32(ml, "depthkv.recent_tokens", params.n_recent);
+
+    params.check();
+}
+
+void llama_kv_depth_params::load(const llama_model_loader & ml) {
+    try {
+        llama_kv_depth_params_load(ml, *this);
+    } catch (const std::exception & err) {
+        llama_depthkv_set_error(err.what());
+        throw;
+    }
+}
+
+void llama_kv_depth_params::check() const {
+    if (!(budget >= 0.0f && budget <= 1.0f)) {
+        throw std::runtime_error(format("KV budget %g is out of range: it must be above 0 and at most 1", budget));
+    }
+
+    if (!llama_kv_score_init(scorer)) {
+        throw std::runtime_error(format("unknown scorer '%s': use one of %s", scorer.c_str(), llama_kv_score_names()));
+    }
+
+    if (n_recent == 0) {
+        throw std::runtime_error("recent tokens 0: at least the last token must stay, use 1 or more");
+    }
+}
+
+//
+// layers
+//
+
+std::vector<int32_t> llama_kv_depth_layers(const llama_model & model) {
+    const auto & hparams = model.hparams;
+
+    const auto refuse = [&](const char * why) {
+        throw std::runtime_error(format("KV budget is not defined for architecture '%s': %s", model.arch_name().c_str(), why));
+    };
+
+    switch (model.arch) {
+        case LLM_ARCH_MINIMAX_M3:
+        case LLM_ARCH_GLM_DSA:
+        case LLM_ARCH_DEEPSEEK32:
+        case LLM_ARCH_GLM5_NEXT:
+        case LLM_ARCH_HY_V4:
+        case LLM_ARCH_DOTS3NOTE:
+        case LLM_ARCH_DEEPSEEK4:
+            refuse("it has a sparse-attention index cache");
+            break;
+        case LLM_ARCH_GEMMA4_ASSISTANT:
+        case LLM_ARCH_EAGLE3:
+        case LLM_ARCH_DFLASH:
+            refuse("it is a draft model that reads the cache of another model");
+            break;
+        case LLM_ARCH_BERT:
+        case LLM_ARCH_JINA_BERT_V2:
+        case LLM_ARCH_JINA_BERT_V3:
+        case LLM_ARCH_NOMIC_BERT:
+        case LLM_ARCH_NOMIC_BERT_MOE:
+        case LLM_ARCH_NEO_BERT:
+        case LLM_ARCH_EUROBERT:
+        case LLM_ARCH_WAVTOKENIZER_DEC:
+        case LLM_ARCH_MODERN_BERT:
+        case LLM_ARCH_GEMMA_EMBEDDING:
+        case LLM_ARCH_DREAM:
+        case LLM_ARCH_LLADA:
+        case LLM_ARCH_LLADA_MOE:
+        case LLM_ARCH_RND1:
+            refuse("it has no KV cache");
+            break;
+        default:
+            break;
+    }
+
+    if (llm_arch_is_recurrent(model.arch) || llm_arch_is_hybrid(model.arch)) {
+        refuse("it has recurrent state");
+    }
+    if (llama_model_has_encoder(&model)) {
+        refuse("it has an encoder");
+    }
+    if (hparams.is_mla()) {
+        refuse("its keys and values are compressed together (MLA)");
+    }
+    if (hparams.use_alibi) {
+        refuse("ALiBi biases depend on every cached position");
+    }
+    if (!hparams.causal_attn) {
+        refuse("its attention is not causal");
+    }
+    if (hparams.n_rel_attn_bkts > 0 || hparams.ple_n_heads > 0 || hparams.router_layer >= 0) {
+        refuse("it reads the cache outside attention");
+    }
+
+    std::vector<int32_t> res;
+
+    for (uint32_t il = 0; il < hparams.n_layer(); ++il) {
+        if (hparams.has_kv(il) && !hparams.is_swa(il)) {
+            res.push_back(il);
+        }
+    }
+
+    if (res.empty()) {
+        refuse("all of its layers have a sliding window, their cache is bounded already");
+    }
+
+    return res;
+}
+
+int32_t llama_kv_depth_layer_reuse(const llama_model & model, int32_t il) {
+    const auto & hparams = model.hparams;
+
+    // same rule as in llama_model::create_memory()
+    if ((model.arch == LLM_ARCH_GEMMA3N || model.arch == LLM_ARCH_GEMMA4) && il >= hparams.n_layer_kv_from_start) {
+        return hparams.n_layer_kv_from_start - (hparams.is_swa(il) ? 2 : 1);
+    }
+
+    return il;
+}
+
+//
+// sizes
+//
+
+size_t llama_kv_depth_row_size_k(const llama_model & model, int32_t il, ggml_type type) {
+    return ggml_row_size(type, model.hparams.n_embd_k_gqa(il));
+}
+
+size_t llama_kv_depth_row_size_v(const llama_model & model, int32_t il, ggml_type type) {
+    return ggml_row_size(type, model.hparams.n_embd_v_gqa(il));
+}
+
+uint32_t llama_kv_depth_swa_cells(const llama_model & model, uint32_t n_ctx_seq, uint32_t n_ubatch) {
+    return GGML_PAD(std::min(n_ctx_seq, model.hparams.n_swa + n_ubatch), 256);
+}
+
+size_t llama_kv_depth_bytes_full(
+        const llama_model & model,
+                 uint32_t   n_ctx_seq,
+                 uint32_t   n_seq_max,
+                 uint32_t   n_ubatch,
+                ggml_type   type_k,
+                ggml_type   type_v) {
+    const auto & hparams = model.hparams;
+
+    size_t res = 0;
+
+    for (uint32_t il = 0; il < hparams.n_layer(); ++il) {
+        if (!hparams.has_kv(il)) {
+            continue;
+        }
+
+        const size_t n_cells = hparams.is_swa(il) ? llama_kv_depth_swa_cells(model, n_ctx_seq, n_ubatch) : n_ctx_seq;
+
+        res += n_cells*n_seq_max*(llama_kv_depth_row_size_k(model, il, type_k) + llama_kv_depth_row_size_v(model, il, type_v));
+    }
+
+    return res;
+}
+
+//
+// plan
+//
+
+// a ubatch costs capacity: that many cells of every layer are free before it runs. small ones keep more of the past,
+// large ones run faster. an eighth of the smallest layer is where neither hurts (docs/engine.md)
+static uint32_t llama_kv_depth_n_ubatch(uint32_t n_cells_min, uint32_t n_safe, uint32_t n_ubatch_user) {
+    uint32_t res = 32;
+    while (res*2 <= n_cells_min/8) {
+        res *= 2;
+    }
+
+    res = std::min(res, n_ubatch_user);
+
+    while (res > 1 && n_safe + res > n_cells_min) {
+        res /= 2;
+    }
+
+    return res;
+}
+
+llama_kv_depth_plan llama_kv_depth_plan_init(
+          const llama_model           & model,
+          const llama_cparams         & cparams,
+          const llama_context_params  & cparams_user,
+          const llama_kv_depth_params & params) {
+    params.check();
+
+    if (cparams.ctx_type != LLAMA_CONTEXT_TYPE_DEFAULT || cparams.ctx_other) {
+        throw std::runtime_error("KV budget is not defined for draft contexts (MTP)");
+    }
+    if (cparams.embeddings) {
+        throw std::runtime_error("KV budget is not defined for embedding contexts: drop the budget or --embedding");
+    }
+    if (!cparams.causal_attn) {
+        throw std::runtime_error("KV budget is not defined for non-causal attention");
+    }
+
+    llama_kv_depth_plan res;
+
+    res.params    = params;
+    res.n_ctx_seq = cparams.n_ctx_seq;
+    res.type_k    = cparams_user.type_k;
+    res.type_v    = cparams_user.type_v;
+
+    const auto ids = llama_kv_depth_layers(model);
+
+    const size_t n_layers = ids.size();
+
+    if ((!params.cells .empty() && params.cells .size() != n_layers) ||
+        (!params.type_k.empty() && params.type_k.size() != n_layers) ||
+        (!params.type_v.empty() && params.type_v.size() != n_layers)) {
+        throw std::runtime_error(format("explicit KV plan must have %zu layers", n_layers));
+    }
+
+    // a unified cache is shared by all sequences, so each gets its part of the cells and may use every position
+    const uint32_t n_cells_full = cparams.kv_unified ? cparams.n_ctx_seq/cparams.n_seq_max : cparams.n_ctx_seq;
+
+    const uint32_t n_ubatch_min = std::min(cparams.n_ubatch, 32u);
+    const uint32_t n_safe       = params.n_sink + params.n_recent;
+    const uint32_t n_floor      = n_safe + n_ubatch_min;
+
+    llama_kv_alloc_params aparams;
+
+    aparams.n_layers = n_layers;
+    aparams.n_ctx    = n_cells_full;
+    aparams.budget   = params.budget > 0.0f ? params.budget : 1.0f;
+    aparams.n_floor  = 0; // checked below, together with an explicit plan
+
+    // fast attention kernels of GPU backends want multiples of 256, but not at the price of a fifth of a small cache
+    const bool on_gpu = cparams.offload_kqv && ggml_backend_dev_type(model.dev_layer(ids[0])) != GGML_BACKEND_DEVICE_TYPE_CPU;
+    aparams.n_align = on_gpu && aparams.budget*aparams.n_ctx >= 2048 ? 256 : 32;
+
+    auto cells = llama_kv_alloc(params.rule, aparams);
+
+    for (size_t i = 0; i < n_layers; ++i) {
+        if (!params.cells.empty() && params.cells[i] > 0) {
+            cells[i] = std::min<uint32_t>(GGML_PAD(params.cells[i], 32), GGML_PAD(n_cells_full, 32));
+        }
+
+        llama_kv_depth_plan::layer l;
+        l.il     = ids[i];
+        l.cells  = cells[i];
+        l.type_k = params.type_k.empty() || params.type_k[i] == GGML_TYPE_COUNT ? cparams_user.type_k : params.type_k[i];
+        l.type_v = params.type_v.empty() || params.type_v[i] == GGML_TYPE_COUNT ? cparams_user.type_v : params.type_v[i];
+
+        res.layers.push_back(l);
+    }
+
+    const uint32_t n_cells_min = *std::min_element(cells.begin(), cells.end());
+
+    if (n_cells_min < n_floor) {
+        throw std::runtime_error(format("layer capacity %u is below the floor %u (%u sinks + %u recent + %u ubatch): raise --kv-budget or lower --ubatch",
+                n_cells_min, n_floor, params.n_sink, params.n_recent, n_ubatch_min));
+    }
+
+    // nothing is ever evicted from a full layer
+    res.n_ubatch = n_cells_min >= cparams.n_ctx_seq ? cparams.n_ubatch : llama_kv_depth_n_ubatch(n_cells_min, n_safe, cparams.n_ubatch);
+
+    return res;
+}
+
+void llama_kv_depth_plan_apply(
+        const llama_model         & model,
+        const llama_kv_depth_plan & plan,
+              llama_cparams       & cparams) {
+    cparams.n_ubatch   = plan.n_ubatch;
+    cparams.kv_unified = false;
+
+    // on the CPU attention is faster without the flash attention kernel, see docs/engine.md
+    if (cparams.auto_fa) {
+        bool on_cpu = true;
+        for (const auto & layer : plan.layers) {
+            on_cpu = on_cpu && (!cparams.offload_kqv || ggml_backend_dev_type(model.dev_layer(layer.il)) == GGML_BACKEND_DEVICE_TYPE_CPU);
+            on_cpu = on_cpu && !ggml_is_quantized(layer.type_v);
+        }
+
+        if (on_cpu) {
+            cparams.auto_fa    = false;
+            cparams.flash_attn = false;
+        }
+    }
+}

@@ -637,7 +637,6 @@ bool llama_kv_cache_depth::evict(kv_layer & layer, uint32_t strm, uint32_t n_tok
 
     const auto rows = llama_kv_score_select(cells, stream.pins, scores, plan.params.n_sink, plan.params.n_recent, n_evict);
 
-    // keep the counter: it says what eviction took since the sequence was last empty
     for (const uint32_t i : rows) {
         cells.rm(i);
     }

@@ -293,6 +293,8 @@ llama_kv_depth_plan llama_kv_depth_plan_init(
           const llama_kv_depth_params & params) {
     params.check();
 
+    const auto ids = llama_kv_depth_layers(model);
+
     if (cparams.ctx_type != LLAMA_CONTEXT_TYPE_DEFAULT || cparams.ctx_other) {
         throw std::runtime_error("KV budget is not defined for draft contexts (MTP)");
     }
@@ -309,8 +311,6 @@ llama_kv_depth_plan llama_kv_depth_plan_init(
     res.n_ctx_seq = cparams.n_ctx_seq;
     res.type_k    = cparams_user.type_k;
     res.type_v    = cparams_user.type_v;
-
-    const auto ids = llama_kv_depth_layers(model);
 
     const size_t n_layers = ids.size();
 

@@ -1,0 +1,6 @@
+"""`python -m depthkv_edge` is `depthkv-edge`."""
+
+from depthkv_edge.cli import main
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,144 @@
+"""ctypes mirror of native/include/llama-depthkv.h, in its order."""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+from depthkv_edge import _library
+from depthkv_edge.errors import DepthKVError
+
+llama_cpp = _library.import_bindings()
+_api = llama_cpp.llama_cpp  # the module that mirrors llama.h, and owns the library handle
+
+SCORERS = ("attention", "window", "streaming", "random")
+
+
+class llama_depthkv_params(ctypes.Structure):
+    _fields_ = [
+        ("budget", ctypes.c_float),
+        ("scorer", ctypes.c_char_p),
+        ("n_sink", ctypes.c_int32),
+        ("n_recent", ctypes.c_int32),
+        ("n_layers", ctypes.c_size_t),
+        ("cells", ctypes.POINTER(ctypes.c_uint32)),
+        ("type_k", ctypes.POINTER(ctypes.c_int)),
+        ("type_v", ctypes.POINTER(ctypes.c_int)),
+    ]
+
+
+class llama_depthkv_layer(ctypes.Structure):
+    _fields_ = [
+        ("layer", ctypes.c_int32),
+        ("cells", ctypes.c_uint32),
+        ("used", ctypes.c_uint32),
+        ("evicted", ctypes.c_uint64),
+        ("bytes", ctypes.c_size_t),
+    ]
+
+
+class llama_depthkv_stats(ctypes.Structure):
+    _fields_ = [
+        ("active", ctypes.c_bool),
+        ("n_layers", ctypes.c_int32),
+        ("n_ubatch", ctypes.c_uint32),
+        ("bytes", ctypes.c_size_t),
+        ("bytes_full", ctypes.c_size_t),
+        ("bytes_scorer", ctypes.c_size_t),
+        ("n_score", ctypes.c_uint64),
+        ("n_evict", ctypes.c_uint64),
+        ("t_evict_us", ctypes.c_int64),
+        ("scorer", ctypes.c_char * 32),
+        ("rule", ctypes.c_char * 32),
+    ]
+
+
+class llama_depthkv_alloc_params(ctypes.Structure):
+    _fields_ = [
+        ("rule", ctypes.c_char_p),
+        ("n_layers", ctypes.c_uint32),
+        ("n_ctx", ctypes.c_uint32),
+        ("budget", ctypes.c_double),
+        ("n_floor", ctypes.c_uint32),
+        ("n_align", ctypes.c_uint32),
+    ]
+
+
+def _bind(name: str, argtypes: list[Any], restype: Any) -> Any:
+    try:
+        function = getattr(_api._lib, name)
+    except AttributeError:
+        raise DepthKVError(
+            f"{_api._lib._name} has no {name}: it is not, or no longer, this package's build; "
+            "run scripts/setup.sh in the source tree"
+        ) from None
+    function.argtypes = argtypes
+    function.restype = restype
+    return function
+
+
+_model_p = _api.llama_model_p_ctypes
+_context_p = _api.llama_context_p_ctypes
+_context_params = _api.llama_context_params
+_seq_id = _api.llama_seq_id
+_pos = _api.llama_pos
+
+llama_depthkv_last_error = _bind("llama_depthkv_last_error", [], ctypes.c_char_p)
+
+# context
+llama_depthkv_default_params = _bind("llama_depthkv_default_params", [], llama_depthkv_params)
+llama_depthkv_init_from_model = _bind(
+    "llama_depthkv_init_from_model", [_model_p, _context_params, llama_depthkv_params], _context_p
+)
+llama_depthkv_layer_count = _bind("llama_depthkv_layer_count", [_model_p], ctypes.c_int32)
+llama_depthkv_layer_id = _bind("llama_depthkv_layer_id", [_model_p, ctypes.c_int32], ctypes.c_int32)
+llama_depthkv_bytes_full = _bind("llama_depthkv_bytes_full", [_model_p, _context_params], ctypes.c_size_t)
+
+# statistics
+llama_depthkv_get_stats = _bind(
+    "llama_depthkv_get_stats", [_context_p, ctypes.POINTER(llama_depthkv_stats)], ctypes.c_bool
+)
+llama_depthkv_get_layer = _bind(
+    "llama_depthkv_get_layer",
+    [_context_p, ctypes.c_int32, _seq_id, ctypes.POINTER(llama_depthkv_layer)],
+    ctypes.c_bool,
+)
+llama_depthkv_get_positions = _bind(
+    "llama_depthkv_get_positions",
+    [_context_p, ctypes.c_int32, _seq_id, ctypes.POINTER(_pos), ctypes.c_int32],
+    ctypes.c_int32,
+)
+
+# pinning
+llama_depthkv_pin = _bind("llama_depthkv_pin", [_context_p, _seq_id, _pos, _pos], ctypes.c_bool)
+llama_depthkv_unpin = _bind("llama_depthkv_unpin", [_context_p, _seq_id], None)
+
+# allocation
+llama_depthkv_alloc = _bind(
+    "llama_depthkv_alloc", [llama_depthkv_alloc_params, ctypes.POINTER(ctypes.c_uint32)], ctypes.c_bool
+)
+
+
+def last_error() -> str:
+    """Why the last call of the C API on this thread failed; empty if nothing failed."""
+    return (llama_depthkv_last_error() or b"").decode("utf-8", "replace").strip()
+
+
+def alloc(
+    budget: float, n_layers: int, n_ctx: int, *, n_floor: int = 1, n_align: int = 1, rule: str = "uniform"
+) -> list[int]:
+    """Cells of each layer for a budget: `n_layers` values whose sum never exceeds `budget * n_layers * n_ctx`.
+
+    Raises:
+        DepthKVError: the budget is out of range or below the floor.
+    """
+    cells = (ctypes.c_uint32 * n_layers)()
+    params = llama_depthkv_alloc_params(rule.encode(), n_layers, n_ctx, budget, n_floor, n_align)
+    if not llama_depthkv_alloc(params, cells):
+        raise DepthKVError(last_error())
+    return list(cells)
+
+
+def clear_error() -> None:
+    """Forget an earlier failure, so that `last_error` speaks only of what follows."""
+    alloc(1.0, 1, 1)

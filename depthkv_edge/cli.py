@@ -1,0 +1,155 @@
+"""The `depthkv-edge` command."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+from pathlib import Path
+
+import click
+
+from depthkv_edge import __version__
+from depthkv_edge.budget import FORMS, parse_budget
+from depthkv_edge.errors import DepthKVError
+from depthkv_edge.models import resolve_model
+
+KV_TYPES = {"f32": 0, "f16": 1, "bf16": 30, "q8_0": 8, "q4_0": 2}  # enum ggml_type
+FLASH_ATTN = {"auto": None, "on": True, "off": False}
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="depthkv-edge")
+def cli() -> None:
+    """Run a GGUF model in a KV cache that is smaller than its context."""
+
+
+@cli.command()
+@click.argument("model")
+@click.option("--kv-budget", metavar="BUDGET", help=f"KV cache: {FORMS}. Default: the model's own, or all of it.")
+@click.option("-c", "--ctx", type=int, metavar="TOKENS", help="Context. Default: what the model was trained for.")
+@click.option("-f", "--file", metavar="FILE", help="Document to read; - is standard input.")
+@click.option("-p", "--prompt", default="", metavar="TEXT", help="Question, put after the document.")
+@click.option("-n", "--predict", type=int, default=256, show_default=True, metavar="N", help="Most tokens to decode.")
+@click.option("--system", default="", metavar="TEXT", help="System prompt. It is pinned: never evicted.")
+@click.option("--scorer", metavar="NAME", help="Token-scoring rule: attention, window, streaming or random.")
+@click.option("--ubatch", type=int, default=512, show_default=True, metavar="N", help="Most tokens to compute at once.")
+@click.option("--threads", type=int, metavar="N", help="CPU threads. Default: the physical cores.")
+@click.option("--type-k", type=click.Choice(list(KV_TYPES)), default="f16", show_default=True, help="Type of K.")
+@click.option("--type-v", type=click.Choice(list(KV_TYPES)), default="f16", show_default=True, help="Type of V.")
+@click.option("--flash-attn", type=click.Choice(list(FLASH_ATTN)), default="auto", help="Default: what is fastest.")
+@click.option("--temp", type=float, default=0.0, show_default=True, help="Temperature; 0 is greedy.")
+@click.option("--seed", type=int, metavar="N", help="Seed, for a temperature above 0. Default: random.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text and table.")
+def run(
+    model: str,
+    kv_budget: str | None,
+    ctx: int | None,
+    file: str | None,
+    prompt: str,
+    predict: int,
+    system: str,
+    scorer: str | None,
+    ubatch: int,
+    threads: int | None,
+    type_k: str,
+    type_v: str,
+    flash_attn: str,
+    temp: float,
+    seed: int | None,
+    as_json: bool,
+) -> None:
+    """Answer a question about a document.
+
+    MODEL is the path of a GGUF, or smollm2 for the packaged one. The text goes to standard output as it is decoded,
+    a table of what it took to standard error.
+    """
+    budget = None if kv_budget is None else parse_budget(kv_budget)
+    for name, value in (("-c", ctx), ("-n", predict), ("--ubatch", ubatch), ("--threads", threads)):
+        if value is not None and value < 1:
+            raise DepthKVError(f"{name} {value} is not above 0: give 1 or more")
+    if not temp >= 0:
+        raise DepthKVError(f"--temp {temp} is not a temperature: give 0 or more")
+    path = resolve_model(model)
+    document = _read_document(file) if file else ""
+    if not document.strip() and not prompt.strip():
+        raise DepthKVError("nothing to answer: give a document with -f, a question with -p, or both")
+
+    # imported here, so that what is wrong so far is said at once, and --help needs no library
+    from depthkv_edge.chat import build_prompt, user_message
+    from depthkv_edge.llama import Llama
+    from depthkv_edge.report import prefill_progress, print_summary
+    from depthkv_edge.run import answer, check_fit
+
+    n_threads = threads or _default_threads()
+    llama = Llama(
+        path,
+        kv_budget=budget,
+        scorer=scorer,
+        n_ctx=ctx or 0,
+        n_ubatch=ubatch,
+        n_threads=n_threads,
+        n_threads_batch=n_threads,
+        type_k=KV_TYPES[type_k],
+        type_v=KV_TYPES[type_v],
+        flash_attn=FLASH_ATTN[flash_attn],
+        seed=seed,
+        verbose=False,
+    )
+    with contextlib.closing(llama):
+        rendered = build_prompt(llama, user_message(document, prompt), system)
+        check_fit(llama, rendered)
+        with prefill_progress(len(rendered.tokens)) as on_prefill:
+            result = answer(
+                llama,
+                rendered,
+                predict,
+                temperature=temp,
+                on_prefill=on_prefill,
+                on_text=(lambda text: None) if as_json else (lambda text: click.echo(text, nl=False)),
+            )
+    if as_json:
+        click.echo(json.dumps(result.to_dict(), ensure_ascii=False))
+    else:
+        click.echo()
+        print_summary(result)
+
+
+def _read_document(name: str) -> str:
+    try:
+        data = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
+    except FileNotFoundError:
+        raise DepthKVError(f"document {name} does not exist: give the path of a text file, or - for stdin") from None
+    except OSError as error:
+        raise DepthKVError(f"document {name} cannot be read: {error.strerror}") from None
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DepthKVError(f"document {name} is not UTF-8 text (byte {error.start}): convert it first") from None
+
+
+def _default_threads() -> int:
+    import psutil
+
+    return psutil.cpu_count(logical=False) or os.cpu_count() or 1
+
+
+def main() -> None:
+    """Entry point: whatever a user can get wrong is one line on standard error, and exit code 2."""
+    try:
+        cli(standalone_mode=False)
+    except (click.ClickException, DepthKVError) as error:
+        text = error.format_message() if isinstance(error, click.ClickException) else str(error)
+        click.echo("depthkv-edge: " + " ".join(text.split()), err=True)
+        sys.exit(2)
+    except (click.Abort, KeyboardInterrupt):
+        sys.exit(130)
+    except BrokenPipeError:
+        # the reader has gone; the interpreter would complain once more when it flushes at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,218 @@
+"""`llama_cpp.Llama` with a budget for its KV cache."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from depthkv_edge import _log, _native
+from depthkv_edge._native import llama_cpp
+from depthkv_edge.budget import Budget, Fraction, FullCache, parse_budget
+from depthkv_edge.errors import DepthKVError
+from depthkv_edge.memory import free_bytes
+from depthkv_edge.models import check_gguf
+from depthkv_edge.stats import KVStats, read_stats
+
+_api = llama_cpp.llama_cpp
+
+KEY_BUDGET = "depthkv.budget"
+KEY_SCORER = "depthkv.scorer"
+KEY_SINK = "depthkv.sink_tokens"
+KEY_RECENT = "depthkv.recent_tokens"
+
+_ROWS_SATURATED = 2**21  # positions: beyond any sliding window, so that only the growing layers still grow
+_AUTO_RESERVE = 0.1  # of free memory: compute buffers, and what else the process will want
+
+Override = bool | int | float | str
+
+
+class Llama(llama_cpp.Llama):
+    """A `llama_cpp.Llama` whose KV cache may be smaller than its context.
+
+    Without a budget, in the arguments or in the model file, it behaves as the base class does.
+
+    Args:
+        model_path: path of a GGUF.
+        kv_budget: a fraction of the full cache in (0, 1], `"60%"`, `"96MiB"`, `"4096t"` (tokens per layer on average)
+            or `"auto"` (the largest that fits free memory). None: the model's own budget, or the full cache.
+        scorer: token-scoring rule: `attention`, `window`, `streaming` or `random`. None: the model's, or attention.
+        n_sink: tokens never evicted at the front of a sequence. None: the model's, or 4.
+        n_recent: tokens never evicted at the end of a sequence. None: the model's, or 32.
+        flash_attn: None lets the engine pick the fastest when there is a budget, and is off without one.
+        kv_overrides: as in the base class; an argument above wins over its `depthkv.*` key.
+        **kwargs: as in the base class.
+
+    Raises:
+        DepthKVError: the file cannot be loaded, or the budget, the scorer or the context cannot be had.
+    """
+
+    def __init__(
+        self,
+        model_path: str | os.PathLike[str],
+        *,
+        kv_budget: Budget | float | str | None = None,
+        scorer: str | None = None,
+        n_sink: int | None = None,
+        n_recent: int | None = None,
+        flash_attn: bool | None = None,
+        kv_overrides: Mapping[str, Override] | None = None,
+        verbose: bool = True,
+        **kwargs: Any,
+    ):
+        self._stack = contextlib.ExitStack()  # the base class closes it in __del__, even when __init__ stops early
+        self._flash_attn = flash_attn
+        self._swa_full = kwargs.get("swa_full")
+        self._budget = 1.0
+
+        budget = None if kv_budget is None else parse_budget(kv_budget)
+        _check_options(scorer, n_sink, n_recent, kwargs.get("n_ctx", 512))
+        check_gguf(Path(model_path))
+        _native.clear_error()
+        with _log.capture_errors(verbose) as lines:
+            try:
+                overrides = dict(kv_overrides or {})
+                if budget is not None:
+                    overrides[KEY_BUDGET] = _resolve(budget, os.fspath(model_path), kwargs)
+                given = {KEY_SCORER: scorer, KEY_SINK: n_sink, KEY_RECENT: n_recent}
+                overrides |= {key: value for key, value in given.items() if value is not None}
+                super().__init__(
+                    os.fspath(model_path),
+                    kv_overrides=overrides or None,
+                    flash_attn=bool(flash_attn),
+                    verbose=verbose,
+                    **kwargs,
+                )
+            except DepthKVError:
+                raise
+            except (ValueError, RuntimeError) as error:
+                reason = _native.last_error() or _log.reason(lines) or str(error)
+                raise DepthKVError(f"{model_path}: {reason}") from error
+
+    # The base class loads the model and creates the context in one __init__, with no hook between them. It stores the
+    # model in `_model` in between, when the context's parameters are already filled in: the one place where they can
+    # still be changed, and the first where the model file's own budget is known. Replacing the class that creates the
+    # context, the alternative, would change it for every other `llama_cpp.Llama` of the process.
+    @property
+    def _model(self) -> Any:
+        return self.__dict__["_model"]
+
+    @_model.setter
+    def _model(self, model: Any) -> None:
+        self.__dict__["_model"] = model
+        self._budget = _model_budget(model, self.kv_overrides or {})
+        params = self.context_params
+        if self._flash_attn is None and (self._budget < 1.0 or _is_quantised(params.type_v)):
+            # llama.cpp needs flash attention for a quantised V; otherwise the engine knows what is fastest
+            params.flash_attn_type = _api.LLAMA_FLASH_ATTN_TYPE_AUTO
+        if self._swa_full is None and self._budget < 1.0:
+            # full-size caches for sliding windows would cost more than the budget saves
+            params.swa_full = False
+
+    def kv_stats(self, seq_id: int = 0) -> KVStats:
+        """What the KV cache holds, with the occupancy of one sequence."""
+        return read_stats(self.ctx, self._budget, seq_id)
+
+    def kv_positions(self, layer: int, seq_id: int = 0) -> list[int]:
+        """Positions that the `layer`-th of `kv_stats().layers` holds for a sequence, ascending."""
+        n = self.n_ctx()
+        positions = (_api.llama_pos * n)()
+        held = _native.llama_depthkv_get_positions(self.ctx, layer, seq_id, positions, n)
+        if held < 0:
+            raise DepthKVError(_native.last_error() or f"KV layer {layer} does not exist")
+        return list(positions[: min(held, n)])
+
+    def pin(self, p0: int, p1: int, seq_id: int = 0) -> None:
+        """Never evict positions [p0, p1) of a sequence. Removing the tokens removes the pin.
+
+        Raises:
+            DepthKVError: the pinned tokens would leave no room for the recent window and one ubatch.
+        """
+        if not _native.llama_depthkv_pin(self.ctx, seq_id, p0, p1):
+            raise DepthKVError(
+                _native.last_error() or f"positions {p0} to {p1} cannot be pinned: give a larger KV budget"
+            )
+
+    def unpin(self, seq_id: int = 0) -> None:
+        """Let every pinned position of a sequence be evicted again."""
+        _native.llama_depthkv_unpin(self.ctx, seq_id)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # the base class rebuilds from the context's parameters, where the engine's own choices no longer show as such
+        return super().__getstate__() | {"flash_attn": self._flash_attn, "swa_full": self._swa_full}
+
+
+def _check_options(scorer: str | None, n_sink: int | None, n_recent: int | None, n_ctx: int) -> None:
+    if scorer is not None and scorer not in _native.SCORERS:
+        raise DepthKVError(f"scorer {scorer!r} is not known: give one of {', '.join(_native.SCORERS)}")
+    for name, value in (("n_sink", n_sink), ("n_recent", n_recent), ("n_ctx", n_ctx)):
+        if value is not None and value < 0:
+            raise DepthKVError(f"{name} {value} is negative: give 0 or more")
+
+
+def _resolve(budget: Budget, model_path: str, kwargs: Mapping[str, Any]) -> float:
+    if isinstance(budget, Fraction):
+        return budget.value
+    with _without_weights(model_path) as model:
+        return budget.resolve(_full_cache(model, kwargs))
+
+
+@contextlib.contextmanager
+def _without_weights(model_path: str) -> Iterator[Any]:
+    """A `llama_model` with its metadata and tensor shapes only: the key-value override must be known before loading."""
+    params = _api.llama_model_default_params()
+    params.no_alloc = True
+    params.load_mode = _api.LLAMA_LOAD_MODE_NONE
+    model = _api.llama_model_load_from_file(model_path.encode(), params)
+    if model is None:
+        raise ValueError(f"{model_path} cannot be loaded")
+    try:
+        yield model
+    finally:
+        _api.llama_model_free(model)
+
+
+def _full_cache(model: Any, kwargs: Mapping[str, Any]) -> FullCache:
+    params = _api.llama_context_default_params()
+    n_ctx = kwargs.get("n_ctx", 512) or _api.llama_model_n_ctx_train(model)
+    params.n_batch = min(n_ctx, kwargs.get("n_batch", 512))
+    params.n_ubatch = min(params.n_batch, kwargs.get("n_ubatch", 512))
+    params.swa_full = bool(kwargs.get("swa_full"))
+    params.offload_kqv = kwargs.get("offload_kqv", True)
+    for name in ("type_k", "type_v"):
+        if kwargs.get(name) is not None:
+            setattr(params, name, kwargs[name])
+
+    def bytes_at(n: int) -> int:
+        params.n_ctx = n
+        n_bytes = _native.llama_depthkv_bytes_full(model, params)
+        if not n_bytes:
+            raise DepthKVError(_native.last_error() or f"the size of a KV cache of {n} tokens is not known")
+        return n_bytes
+
+    total = bytes_at(n_ctx)
+    growth = bytes_at(2 * _ROWS_SATURATED) - bytes_at(_ROWS_SATURATED)
+    growing = min(total, growth * n_ctx // _ROWS_SATURATED)
+    free = int((1 - _AUTO_RESERVE) * free_bytes()) - _api.llama_model_size(model)
+    return FullCache(n_ctx=n_ctx, bytes_growing=growing, bytes_window=total - growing, bytes_free=max(0, free))
+
+
+def _model_budget(model: Any, overrides: Mapping[str, Override]) -> float:
+    """The budget that the engine will read: the override's, the file's, or 1.0. It is for the engine to refuse it."""
+    text: Any = overrides.get(KEY_BUDGET)
+    if text is None:
+        buffer = ctypes.create_string_buffer(64)
+        if _api.llama_model_meta_val_str(model.model, KEY_BUDGET.encode(), buffer, len(buffer)) < 0:
+            return 1.0
+        text = buffer.value.decode()
+    try:
+        return float(text)
+    except ValueError:
+        return 1.0
+
+
+def _is_quantised(ggml_type: int) -> bool:
+    return ggml_type not in (_api.GGML_TYPE_F32, _api.GGML_TYPE_F16, 30)  # 30: GGML_TYPE_BF16, absent from the bindings

@@ -1,0 +1,69 @@
+"""What `run` shows on standard error: a progress bar on a terminal, and one table at the end."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from depthkv_edge.run import RunResult
+
+
+@contextlib.contextmanager
+def prefill_progress(n_tokens: int) -> Iterator[Callable[[int], None]]:
+    """A progress bar that disappears when the prompt is in; nothing where standard error is not a terminal."""
+    if not sys.stderr.isatty():
+        yield lambda n: None
+        return
+    columns = TextColumn("prefill"), BarColumn(), MofNCompleteColumn(), TextColumn("tokens"), TimeRemainingColumn()
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("prefill", total=n_tokens)
+        done = 0
+
+        def advance(n: int) -> None:
+            nonlocal done
+            done += n
+            progress.update(task, advance=n)
+            if done >= n_tokens:
+                progress.stop()  # before the answer streams to the same terminal
+
+        yield advance
+
+
+def print_summary(result: RunResult) -> None:
+    """The table at the end of a run."""
+    console = Console(stderr=True)
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column()
+    for name, text in summary_rows(result):
+        table.add_row(name, text)
+    console.print(table, highlight=False)
+
+
+def summary_rows(result: RunResult) -> list[tuple[str, str]]:
+    """Rows of the table: a name, and what is to be said about it."""
+    kv = result.kv
+    seen = result.tokens_prompt + result.tokens_generated
+    held = sum(layer.used for layer in kv.layers) / len(kv.layers) if kv.layers else seen
+    rows = [
+        ("tokens", f"{seen} seen, {held:.0f} held on average over the layers"),
+        ("KV cache", f"{_mib(kv.bytes)} of {_mib(kv.bytes_full)} ({kv.bytes / max(1, kv.bytes_full):.0%})"),
+        ("memory", f"{_mib(result.peak_rss_bytes)} at the peak of the process"),
+        ("speed", f"prefill {_rate(result.timings.prefill_tps)}, decode {_rate(result.timings.decode_tps)}"),
+    ]
+    if kv.active and kv.rule == "uniform":
+        rows.append(("layers", "all the same size: the model file carries no calibration"))
+    return rows
+
+
+def _mib(n_bytes: int) -> str:
+    return f"{n_bytes / 2**20:.1f} MiB"
+
+
+def _rate(per_second: float | None) -> str:
+    return "-" if per_second is None else f"{per_second:.1f} tokens/s"

@@ -1,0 +1,98 @@
+"""What a context's KV cache holds."""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from depthkv_edge import _native
+from depthkv_edge.errors import DepthKVError
+
+
+@dataclass(frozen=True)
+class LayerStats:
+    """One layer whose cells grow with the context.
+
+    Attributes:
+        layer: index in the model.
+        cells: KV cells of one sequence.
+        used: cells that hold a token of the sequence.
+        evicted: tokens of the sequence that were evicted since it was last empty.
+        bytes: K and V of all sequences.
+    """
+
+    layer: int
+    cells: int
+    used: int
+    evicted: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class KVStats:
+    """The KV cache of a context.
+
+    Attributes:
+        active: False where the stock, full cache runs.
+        budget: share of the full cache, in (0, 1]; 1.0 for the full cache.
+        scorer: token-scoring rule.
+        rule: allocation rule.
+        bytes: K and V allocated, all layers and sequences.
+        bytes_full: the same for the full cache.
+        bytes_scorer: query samples and other eviction state.
+        n_ubatch: tokens computed at once.
+        n_score: scoring passes.
+        n_evict: cells freed by eviction, all layers.
+        t_evict_us: microseconds spent on scoring and eviction.
+        layers: one entry for each layer whose cells grow with the context.
+    """
+
+    active: bool
+    budget: float
+    scorer: str
+    rule: str
+    bytes: int
+    bytes_full: int
+    bytes_scorer: int
+    n_ubatch: int
+    n_score: int
+    n_evict: int
+    t_evict_us: int
+    layers: list[LayerStats]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same as plain dicts and lists, for JSON."""
+        return asdict(self)
+
+
+def read_stats(ctx: Any, budget: float, seq_id: int = 0) -> KVStats:
+    """Statistics of a `llama_context`, with the occupancy of one sequence.
+
+    Raises:
+        DepthKVError: the engine refused.
+    """
+    raw = _native.llama_depthkv_stats()
+    if not _native.llama_depthkv_get_stats(ctx, ctypes.byref(raw)):
+        raise DepthKVError(_native.last_error() or "the engine gave no statistics for this context")
+    return KVStats(
+        active=raw.active,
+        budget=budget if raw.active else 1.0,
+        scorer=raw.scorer.decode(),
+        rule=raw.rule.decode(),
+        bytes=raw.bytes,
+        bytes_full=raw.bytes_full,
+        bytes_scorer=raw.bytes_scorer,
+        n_ubatch=raw.n_ubatch,
+        n_score=raw.n_score,
+        n_evict=raw.n_evict,
+        t_evict_us=raw.t_evict_us,
+        layers=[_read_layer(ctx, i, seq_id) for i in range(raw.n_layers)],
+    )
+
+
+def _read_layer(ctx: Any, i: int, seq_id: int) -> LayerStats:
+    raw = _native.llama_depthkv_layer()
+    if not _native.llama_depthkv_get_layer(ctx, i, seq_id, ctypes.byref(raw)):
+        raise DepthKVError(_native.last_error() or f"the engine gave no statistics for KV layer {i}")
+    return LayerStats(layer=raw.layer, cells=raw.cells, used=raw.used, evicted=raw.evicted, bytes=raw.bytes)

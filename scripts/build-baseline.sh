@@ -1,0 +1,18 @@
+#!/bin/sh
+# Builds the unpatched libraries, llama-bench, llama-perplexity and upstream's tests from the same pinned sources, with the same
+# flags, for comparisons. Prints the directory that holds them.
+#   scripts/build-baseline.sh [DIRECTORY]    default: build/baseline
+set -eu
+cd "$(dirname "$0")/.."
+dir=${1:-build/baseline}
+[ -x .venv/bin/python ] || scripts/setup.sh >&2
+PATH=$PWD/.venv/bin:$PATH # cmake and ninja may live there
+export PATH
+if [ -z "${CC-}${CXX-}" ] && command -v cc > /dev/null && command -v c++ > /dev/null; then
+    export CC=cc CXX=c++ # as setup.sh does: the same compiler for both builds
+fi
+cmake -S . -B "$dir" -G Ninja -DCMAKE_BUILD_TYPE=Release -DDEPTHKV_BASELINE=ON -DDEPTHKV_BUILD_TOOLS=ON \
+    -DPython_EXECUTABLE="$PWD/.venv/bin/python" ${CMAKE_ARGS-} >&2
+cmake --build "$dir" --target depthkv-libraries depthkv-tools >&2
+cd "$dir/bin"
+pwd

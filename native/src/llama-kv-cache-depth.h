@@ -33,9 +33,11 @@ struct llama_context;
 // layers with a sliding window are bounded already, they stay in a llama_kv_cache_iswa
 class llama_kv_cache_depth : public llama_memory_i {
 public:
-    // queries sampled for scoring: so many of them are kept, and they cover so many tokens
-    static constexpr uint32_t n_query      = 32;
-    static constexpr uint32_t n_query_span = 128;
+    // queries sampled for scoring: so many of them are kept, and they cover so many tokens of a prompt, or of a text that
+    // is decoded a token at a time, where a scoring pass weighs more
+    static constexpr uint32_t n_query          = 32;
+    static constexpr uint32_t n_query_span_pp  = 128;
+    static constexpr uint32_t n_query_span_tg  = 512;
 
     llama_kv_cache_depth(
             const llama_model         & model,
@@ -88,6 +90,9 @@ public:
         uint32_t s0       = 0;
         uint32_t n_stream = 1;
         uint32_t n_tps    = 0;
+
+        // some sequence of the ubatch has lost tokens, so its logits are not those of the full cache
+        bool evicted = false;
 
         std::vector<uint32_t> n_kv; // [n_layers]                    rows that attention reads
         std::vector<uint32_t> rows; // [n_layers][n_stream][n_tps]   rows of the tokens

@@ -270,18 +270,12 @@ size_t llama_kv_depth_bytes_full(
 //
 
 // a ubatch costs capacity: that many cells of every layer are free before it runs. small ones keep more of the past,
-// large ones run faster. an eighth of the smallest layer is where neither hurts (docs/engine.md)
+// large ones run faster. a twelfth of the smallest layer costs little of either (docs/engine.md)
 static uint32_t llama_kv_depth_n_ubatch(uint32_t n_cells_min, uint32_t n_safe, uint32_t n_ubatch_user) {
-    uint32_t res = 32;
-    while (res*2 <= n_cells_min/8) {
-        res *= 2;
-    }
+    uint32_t res = std::max(32u, n_cells_min/12/32*32);
 
     res = std::min(res, n_ubatch_user);
-
-    while (res > 1 && n_safe + res > n_cells_min) {
-        res /= 2;
-    }
+    res = std::min(res, n_cells_min - n_safe);
 
     return res;
 }

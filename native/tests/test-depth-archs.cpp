@@ -135,8 +135,8 @@ static bool test_arch(const std::string & path) {
             } else {
                 err = nmse(stock, res_full);
 
-                // decode may group query heads, which changes the order of summation
-                if (!(err < 1e-6)) {
+                // nothing is evicted, so nothing may differ but the order of a few additions
+                if (!(err < 1e-12)) {
                     why = "logits differ from stock";
                 }
                 for (const float x : res_half) {

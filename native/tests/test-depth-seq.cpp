@@ -1,0 +1,354 @@
+// sequence operations and state of the depth cache, on one of the tiny models that `test-llama-archs -o DIR` writes
+//
+// usage: test-depth-seq DIR
+
+#include "llama-depthkv.h"
+#include "llama.h"
+
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <functional>
+#include <memory>
+#include <random>
+#include <string>
+#include <vector>
+
+#define CHECK(x) do { if (!(x)) { fprintf(stderr, "%s:%d: check failed: %s (%s)\n", __FILE__, __LINE__, #x, llama_depthkv_last_error()); exit(1); } } while (0)
+
+using context_ptr = std::unique_ptr<llama_context, decltype(&llama_free)>;
+using logits_t    = std::vector<float>;
+
+static llama_model * model;
+
+static context_ptr make_context(uint32_t n_seq_max, float budget, uint32_t n_cells = 0, ggml_type type_k = GGML_TYPE_F16, bool fa = false) {
+    auto cparams = llama_context_default_params();
+
+    cparams.n_ctx           = 256*n_seq_max;
+    cparams.n_batch         = 128;
+    cparams.n_ubatch        = 32;
+    cparams.n_seq_max       = n_seq_max;
+    cparams.n_threads       = 2;
+    cparams.n_threads_batch = 2;
+    cparams.type_k          = type_k;
+    cparams.flash_attn_type = fa ? LLAMA_FLASH_ATTN_TYPE_ENABLED : LLAMA_FLASH_ATTN_TYPE_DISABLED;
+
+    auto depth = llama_depthkv_default_params();
+
+    const std::vector<uint32_t> cells(llama_depthkv_layer_count(model), n_cells);
+    if (n_cells > 0) {
+        depth.n_layers = cells.size();
+        depth.cells    = cells.data();
+    }
+    depth.budget = budget;
+
+    llama_context * ctx = budget == 0.0f && n_cells == 0 ? llama_init_from_model(model, cparams) : llama_depthkv_init_from_model(model, cparams, depth);
+    CHECK(ctx);
+
+    return { ctx, llama_free };
+}
+
+static std::vector<llama_token> make_tokens(int n, uint32_t seed) {
+    std::mt19937 rng(seed);
+    std::vector<llama_token> res(n);
+    for (auto & t : res) {
+        t = rng()%llama_vocab_n_tokens(llama_model_get_vocab(model));
+    }
+    return res;
+}
+
+// logits of the last token of each sequence, the sequences share one batch
+static std::vector<logits_t> decode(llama_context * ctx, const std::vector<std::pair<llama_seq_id, std::vector<llama_token>>> & parts, llama_pos p0) {
+    llama_batch batch = llama_batch_init(128, 0, 1);
+
+    std::vector<int> last;
+    for (const auto & [seq, tokens] : parts) {
+        for (size_t i = 0; i < tokens.size(); ++i) {
+            const int j = batch.n_tokens++;
+
+            batch.token   [j]    = tokens[i];
+            batch.pos     [j]    = p0 + i;
+            batch.n_seq_id[j]    = 1;
+            batch.seq_id  [j][0] = seq;
+            batch.logits  [j]    = i + 1 == tokens.size();
+        }
+        last.push_back(batch.n_tokens - 1);
+    }
+
+    CHECK(llama_decode(ctx, batch) == 0);
+    llama_batch_free(batch);
+
+    std::vector<logits_t> res;
+    for (const int i : last) {
+        const float * logits = llama_get_logits_ith(ctx, i);
+        res.emplace_back(logits, logits + llama_vocab_n_tokens(llama_model_get_vocab(model)));
+    }
+    return res;
+}
+
+// prefill in parts of 32 tokens, one at a time after 160
+static logits_t feed(llama_context * ctx, llama_seq_id seq, const std::vector<llama_token> & tokens, int from, int to) {
+    logits_t res;
+    for (int i = from; i < to; ) {
+        const int n = i < 160 ? std::min(32, to - i) : 1;
+        res = decode(ctx, {{ seq, { tokens.begin() + i, tokens.begin() + i + n } }}, i)[0];
+        i += n;
+    }
+    return res;
+}
+
+static double nmse(const logits_t & a, const logits_t & b) {
+    double err = 0.0;
+    double ref = 0.0;
+    for (size_t i = 0; i < a.size(); ++i) {
+        err += (double) (a[i] - b[i])*(a[i] - b[i]);
+        ref += (double) a[i]*a[i];
+    }
+    return err/ref;
+}
+
+static std::vector<llama_pos> positions(llama_context * ctx, int i, llama_seq_id seq) {
+    std::vector<llama_pos> res(256);
+    res.resize(llama_depthkv_get_positions(ctx, i, seq, res.data(), res.size()));
+    return res;
+}
+
+// a sequence that shares a batch with others is computed as if it were alone, eviction included
+static void test_isolation() {
+    auto alone  = make_context(1, 0.5f);
+    auto shared = make_context(3, 0.5f);
+
+    const auto a = make_tokens(224, 1);
+    const auto b = make_tokens(224, 2);
+
+    for (int i = 0; i < 224; ) {
+        const int n = i < 160 ? 8 : 1; // all three in one ubatch, so that they evict at the same time
+
+        const auto part = [&](const std::vector<llama_token> & t) {
+            return std::vector<llama_token>(t.begin() + i, t.begin() + i + n);
+        };
+
+        const auto x = decode(alone .get(), {{ 0, part(a) }}, i);
+        const auto y = decode(shared.get(), {{ 0, part(a) }, { 1, part(b) }, { 2, part(a) }}, i);
+
+        CHECK(nmse(x[0], y[0]) < 1e-6);
+        CHECK(nmse(x[0], y[2]) < 1e-6);
+        CHECK(nmse(x[0], y[1]) > 1e-3);
+
+        i += n;
+    }
+
+    for (int i = 0; i < llama_depthkv_layer_count(model); ++i) {
+        CHECK(positions(shared.get(), i, 0) == positions(shared.get(), i, 2));
+        CHECK(positions(shared.get(), i, 0) == positions(alone .get(), i, 0));
+
+        llama_depthkv_layer l;
+        CHECK(llama_depthkv_get_layer(shared.get(), i, 1, &l));
+        CHECK(l.evicted > 0 && l.used <= l.cells && l.used + l.evicted == 224);
+    }
+}
+
+static void test_copy_keep_remove() {
+    auto ctx = make_context(3, 0.5f);
+
+    auto * mem = llama_get_memory(ctx.get());
+
+    const auto t = make_tokens(224, 3);
+
+    feed(ctx.get(), 0, t, 0, 200);
+
+    llama_memory_seq_cp(mem, 0, 2, -1, -1);
+    CHECK(positions(ctx.get(), 0, 0) == positions(ctx.get(), 0, 2));
+
+    const auto x = feed(ctx.get(), 0, t, 200, 224);
+    const auto y = feed(ctx.get(), 2, t, 200, 224);
+    CHECK(x == y);
+
+    // a part of a sequence
+    llama_memory_seq_cp(mem, 0, 1, 10, 100);
+    for (const llama_pos p : positions(ctx.get(), 0, 1)) {
+        CHECK(p >= 10 && p < 100);
+    }
+
+    llama_memory_seq_keep(mem, 2);
+    CHECK(llama_memory_seq_pos_max(mem, 0) == -1 && llama_memory_seq_pos_max(mem, 1) == -1);
+    CHECK(llama_memory_seq_pos_min(mem, 2) ==  0 && llama_memory_seq_pos_max(mem, 2) == 223);
+
+    // a suffix goes exactly
+    CHECK(positions(ctx.get(), 1, 2).back() == 223);
+    CHECK(llama_memory_seq_rm(mem, 2, 210, -1));
+    CHECK(llama_memory_seq_pos_max(mem, 2) == 209);
+    for (int i = 0; i < llama_depthkv_layer_count(model); ++i) {
+        for (const llama_pos p : positions(ctx.get(), i, 2)) {
+            CHECK(p < 210);
+        }
+    }
+    CHECK(llama_memory_seq_rm(mem, 2, -1, -1));
+    CHECK(llama_memory_seq_pos_max(mem, 2) == -1);
+
+    llama_depthkv_layer l;
+    CHECK(llama_depthkv_get_layer(ctx.get(), 0, 2, &l));
+    CHECK(l.used == 0 && l.evicted == 0);
+}
+
+// context shift: the keys are rotated as in the stock cache
+static void test_shift(ggml_type type_k, bool fa, double tolerance) {
+    auto stock = make_context(1, 0.0f, 0,   type_k, fa);
+    auto depth = make_context(1, 0.0f, 256, type_k, fa);
+
+    const auto t = make_tokens(224, 4);
+
+    for (auto * ctx : { stock.get(), depth.get() }) {
+        auto * mem = llama_get_memory(ctx);
+
+        feed(ctx, 0, t, 0, 200);
+        CHECK(llama_memory_can_shift(mem));
+        CHECK(llama_memory_seq_rm(mem, 0, 4, 68));
+        llama_memory_seq_add(mem, 0, 68, -1, -64);
+        CHECK(llama_memory_seq_pos_max(mem, 0) == 135);
+    }
+
+    const auto x = decode(stock.get(), {{ 0, { t[200] } }}, 136)[0];
+    const auto y = decode(depth.get(), {{ 0, { t[200] } }}, 136)[0];
+
+    CHECK(nmse(x, y) < tolerance);
+}
+
+static void test_state() {
+    const auto t = make_tokens(240, 5);
+
+    auto ctx = make_context(2, 0.5f);
+
+    llama_depthkv_pin(ctx.get(), 0, 20, 30);
+    feed(ctx.get(), 0, t, 0, 200);
+
+    // whole, into a new context
+    std::vector<uint8_t> whole(llama_state_get_size(ctx.get()));
+    CHECK(llama_state_get_data(ctx.get(), whole.data(), whole.size()) == whole.size());
+
+    // one sequence, into another one
+    std::vector<uint8_t> one(llama_state_seq_get_size(ctx.get(), 0));
+    CHECK(llama_state_seq_get_data(ctx.get(), one.data(), one.size(), 0) == one.size());
+
+    auto other = make_context(2, 0.5f);
+    CHECK(llama_state_set_data(other.get(), whole.data(), whole.size()) == whole.size());
+    CHECK(llama_state_seq_set_data(other.get(), one.data(), one.size(), 1) == one.size());
+
+    for (int i = 0; i < llama_depthkv_layer_count(model); ++i) {
+        CHECK(positions(ctx.get(), i, 0) == positions(other.get(), i, 0));
+        CHECK(positions(ctx.get(), i, 0) == positions(other.get(), i, 1));
+    }
+
+    // to the last bit, evictions to come included
+    const auto x = feed(ctx  .get(), 0, t, 200, 240);
+    const auto y = feed(other.get(), 0, t, 200, 240);
+    const auto z = feed(other.get(), 1, t, 200, 240);
+    CHECK(x == y);
+    CHECK(x == z);
+
+    for (int i = 0; i < llama_depthkv_layer_count(model); ++i) {
+        CHECK(positions(ctx.get(), i, 0) == positions(other.get(), i, 0));
+
+        // the pinned span came along
+        int n_pinned = 0;
+        for (const llama_pos p : positions(other.get(), i, 1)) {
+            n_pinned += p >= 20 && p < 30;
+        }
+        CHECK(n_pinned == 10);
+    }
+
+    // what does not fit is refused and leaves an empty, usable sequence
+    auto small = make_context(2, 0.4f);
+    CHECK(llama_state_seq_set_data(small.get(), one.data(), one.size(), 0) == 0);
+    CHECK(llama_memory_seq_pos_max(llama_get_memory(small.get()), 0) == -1);
+    feed(small.get(), 0, t, 0, 200);
+
+    // cut short
+    CHECK(llama_state_seq_set_data(other.get(), one.data(), 4, 0) == 0);
+    for (const size_t n : { size_t(100), one.size()/3, one.size() - 8 }) {
+        CHECK(llama_state_seq_set_data(other.get(), one.data(), n, 0) == 0);
+        CHECK(llama_memory_seq_pos_max(llama_get_memory(other.get()), 0) == -1);
+    }
+}
+
+static void test_pins() {
+    auto ctx = make_context(1, 0.5f);
+
+    auto * mem = llama_get_memory(ctx.get());
+
+    const auto t = make_tokens(240, 6);
+
+    CHECK(llama_depthkv_pin(ctx.get(), 0, 8, 40));
+    CHECK(!llama_depthkv_pin(ctx.get(), 0, 40, 200)); // no room left
+    CHECK(std::string(llama_depthkv_last_error()).find("pinned") != std::string::npos);
+
+    feed(ctx.get(), 0, t, 0, 240);
+
+    const auto n_held = [&](llama_pos p0, llama_pos p1) {
+        int res = 0;
+        for (const llama_pos p : positions(ctx.get(), 0, 0)) {
+            res += p >= p0 && p < p1;
+        }
+        return res;
+    };
+
+    CHECK(n_held(8, 40) == 32);
+    CHECK(n_held(0, 4)  ==  4);        // sinks
+    CHECK(n_held(208, 240) == 32);     // recent window
+
+    // removing the tokens removes the pin
+    CHECK(llama_memory_seq_rm(mem, 0, -1, -1));
+    CHECK(llama_depthkv_pin(ctx.get(), 0, 40, 70));
+}
+
+// one ubatch of a prompt that is longer than the cells at a time, the cells never overflow
+static void test_bounded() {
+    auto ctx = make_context(1, 0.4f);
+
+    const auto t = make_tokens(240, 7);
+
+    for (int i = 0; i < 240; i += 120) {
+        CHECK(llama_decode(ctx.get(), llama_batch_get_one(const_cast<llama_token *>(t.data() + i), 120)) == 0);
+
+        for (int l = 0; l < llama_depthkv_layer_count(model); ++l) {
+            llama_depthkv_layer info;
+            CHECK(llama_depthkv_get_layer(ctx.get(), l, 0, &info));
+            CHECK(info.used <= info.cells && info.used + info.evicted == (uint32_t) i + 120);
+        }
+    }
+
+    // the context does run out
+    const auto more = make_tokens(32, 8);
+    CHECK(llama_decode(ctx.get(), llama_batch_get_one(const_cast<llama_token *>(more.data()), 32)) == 1);
+}
+
+int main(int argc, char ** argv) {
+    if (argc < 2) {
+        fprintf(stderr, "usage: %s DIR\n", argv[0]);
+        return 1;
+    }
+
+    llama_log_set([](ggml_log_level, const char *, void *) {}, nullptr);
+    llama_backend_init();
+
+    auto mparams = llama_model_default_params();
+    mparams.n_gpu_layers = 0;
+
+    model = llama_model_load_from_file((std::string(argv[1]) + "/llama-dense.gguf").c_str(), mparams);
+    CHECK(model);
+
+    test_isolation();
+    test_copy_keep_remove();
+    test_shift(GGML_TYPE_F16,  false, 1e-5);
+    test_shift(GGML_TYPE_F32,  false, 1e-9);
+    test_shift(GGML_TYPE_Q8_0, true,  1e-3);
+    test_state();
+    test_pins();
+    test_bounded();
+
+    llama_model_free(model);
+
+    printf("OK\n");
+
+    return 0;
+}

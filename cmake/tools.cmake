@@ -61,4 +61,12 @@ if(NOT DEPTHKV_BASELINE)
     endforeach()
 endif()
 
+# An unmodified front end obeys the key, `--fit` included.
+if(DEPTHKV_TEST_MODEL AND NOT DEPTHKV_BASELINE)
+    add_test(NAME native/perplexity-with-a-budget COMMAND llama-perplexity -m "${DEPTHKV_TEST_MODEL}" -c 512 --chunks 1
+             -f "${native}/include/llama-depthkv.h" --override-kv depthkv.budget=float:0.5 -lv 4)
+    set_tests_properties(native/perplexity-with-a-budget PROPERTIES LABELS native
+                         PASS_REGULAR_EXPRESSION "256\\.\\.256 of 512 cells.*Final estimate")
+endif()
+
 add_custom_target(depthkv-tools DEPENDS ${tools} depthkv-native-tests)

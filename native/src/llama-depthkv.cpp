@@ -37,6 +37,12 @@ static T llama_depthkv_try(T on_error, const F & fn) {
     return on_error;
 }
 
+static void llama_depthkv_check_ptr(const void * ptr) {
+    if (!ptr) {
+        throw std::runtime_error("model or context is NULL");
+    }
+}
+
 static llama_kv_cache_depth * llama_depthkv_get_cache(const llama_context * ctx) {
     return dynamic_cast<llama_kv_cache_depth *>(ctx->get_memory());
 }
@@ -62,8 +68,10 @@ llama_depthkv_params llama_depthkv_default_params(void) {
 
 llama_context * llama_depthkv_init_from_model(llama_model * model, llama_context_params params, llama_depthkv_params depth) {
     return llama_depthkv_try((llama_context *) nullptr, [&]() -> llama_context * {
-        if (!model) {
-            throw std::runtime_error("model is NULL");
+        llama_depthkv_check_ptr(model);
+
+        if ((depth.cells || depth.type_k || depth.type_v) && depth.n_layers == 0) {
+            throw std::runtime_error("an explicit KV plan needs n_layers");
         }
 
         llama_kv_depth_params dparams = model->kv_depth;
@@ -104,18 +112,21 @@ llama_context * llama_depthkv_init_from_model(llama_model * model, llama_context
 
 int32_t llama_depthkv_layer_count(const llama_model * model) {
     return llama_depthkv_try(-1, [&]() {
+        llama_depthkv_check_ptr(model);
         return (int32_t) llama_kv_depth_layers(*model).size();
     });
 }
 
 int32_t llama_depthkv_layer_id(const llama_model * model, int32_t i) {
     return llama_depthkv_try(-1, [&]() {
+        llama_depthkv_check_ptr(model);
         return llama_kv_depth_layers(*model).at(i);
     });
 }
 
 size_t llama_depthkv_bytes_full(const llama_model * model, llama_context_params params) {
     return llama_depthkv_try((size_t) 0, [&]() {
+        llama_depthkv_check_ptr(model);
         llama_kv_depth_layers(*model);
 
         // the rounding of llama_context
@@ -145,6 +156,8 @@ static const llama_kv_cache * llama_depthkv_get_stock(const llama_context * ctx)
 
 bool llama_depthkv_get_stats(const llama_context * ctx, llama_depthkv_stats * stats) {
     return llama_depthkv_try(false, [&]() {
+        llama_depthkv_check_ptr(ctx);
+
         const auto & cparams = ctx->get_cparams();
         const auto & model   = ctx->get_model();
 
@@ -196,6 +209,8 @@ bool llama_depthkv_get_stats(const llama_context * ctx, llama_depthkv_stats * st
 
 bool llama_depthkv_get_layer(const llama_context * ctx, int32_t i, llama_seq_id seq_id, llama_depthkv_layer * layer) {
     return llama_depthkv_try(false, [&]() {
+        llama_depthkv_check_ptr(ctx);
+
         if (seq_id < 0 || (uint32_t) seq_id >= ctx->get_cparams().n_seq_max) {
             throw std::runtime_error(format("sequence %d is out of range: the context has %u", seq_id, ctx->get_cparams().n_seq_max));
         }
@@ -235,6 +250,8 @@ bool llama_depthkv_get_layer(const llama_context * ctx, int32_t i, llama_seq_id 
 
 int32_t llama_depthkv_get_positions(const llama_context * ctx, int32_t i, llama_seq_id seq_id, llama_pos * pos, int32_t n) {
     return llama_depthkv_try(-1, [&]() {
+        llama_depthkv_check_ptr(ctx);
+
         if (seq_id < 0 || (uint32_t) seq_id >= ctx->get_cparams().n_seq_max) {
             throw std::runtime_error(format("sequence %d is out of range: the context has %u", seq_id, ctx->get_cparams().n_seq_max));
         }
@@ -268,6 +285,8 @@ int32_t llama_depthkv_get_positions(const llama_context * ctx, int32_t i, llama_
 
 bool llama_depthkv_pin(llama_context * ctx, llama_seq_id seq_id, llama_pos p0, llama_pos p1) {
     return llama_depthkv_try(false, [&]() {
+        llama_depthkv_check_ptr(ctx);
+
         if (seq_id < 0 || (uint32_t) seq_id >= ctx->get_cparams().n_seq_max) {
             throw std::runtime_error(format("sequence %d is out of range: the context has %u", seq_id, ctx->get_cparams().n_seq_max));
         }
@@ -282,7 +301,7 @@ bool llama_depthkv_pin(llama_context * ctx, llama_seq_id seq_id, llama_pos p0, l
 }
 
 void llama_depthkv_unpin(llama_context * ctx, llama_seq_id seq_id) {
-    if (auto * kv = llama_depthkv_get_cache(ctx)) {
+    if (auto * kv = ctx ? llama_depthkv_get_cache(ctx) : nullptr) {
         if (seq_id >= -1 && seq_id < (llama_seq_id) ctx->get_cparams().n_seq_max) {
             kv->seq_unpin(seq_id);
         }

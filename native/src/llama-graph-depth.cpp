@@ -49,7 +49,7 @@ llm_graph_input_kv_depth::llm_graph_input_kv_depth(
     q_idxs = add_input(ggml_new_tensor_1d(ctx0, GGML_TYPE_I32, n_q*n_stream), "attn_inp_depth_q_idxs");
     q_rows = add_input(ggml_new_tensor_1d(ctx0, GGML_TYPE_I64, n_q*n_stream), "attn_inp_depth_q_rows");
 
-    if (n_tps <= n_tokens_mask_host) {
+    if (n_tps*n_stream <= n_tokens_mask_host) {
         kq_mask = add_input(ggml_new_tensor_1d(ctx0, GGML_TYPE_F32, n_kv_all*n_tps*n_stream), "attn_inp_depth_kq_mask");
     } else {
         pos_kv  = add_input(ggml_new_tensor_1d(ctx0, GGML_TYPE_F32, n_kv_all*n_stream), "attn_inp_depth_pos_kv");
@@ -180,7 +180,7 @@ ggml_tensor * llm_graph_input_kv_depth::build_kq_mask(const llm_graph_context & 
     return graph.cparams.flash_attn ? ggml_cast(ctx0, res, GGML_TYPE_F16) : res;
 }
 
-// llm_graph_context::build_attn_mha() for one token of each sequence, without flash attention
+// llm_graph_context::build_attn_mha() without flash attention, for one token of each sequence
 //
 // the query heads of a group are columns of one matrix when they meet the values, which are then read once per group.
 // doing the same with the keys would be slower on the CPU: their rows are short, the time goes into the sum at the end
@@ -215,16 +215,45 @@ ggml_tensor * llm_graph_input_kv_depth::build_attn_tok(
 
     ggml_tensor * cur = ggml_mul_mat(ctx0, v, kq);
 
-    cur = ggml_reshape_2d(ctx0, cur, cur->ne[0]*n_head, n_stream);
+    return ggml_reshape_2d(ctx0, cur, cur->ne[0]*n_head, n_stream);
+}
 
-    if (!graph.cparams.offload_kqv) {
-        // all nodes between the KV store and the attention output are run on the CPU
-        ggml_backend_sched_set_tensor_backend(graph.sched, cur, graph.backend_cpu);
+// the same for many tokens, a KV head at a time: the scores of all heads at once are the largest tensor of the graph by far
+ggml_tensor * llm_graph_input_kv_depth::build_attn_heads(
+        const llm_graph_context & graph,
+        ggml_tensor * q,
+        ggml_tensor * k,
+        ggml_tensor * v,
+        ggml_tensor * mask,
+              float   kq_scale) const {
+    auto * ctx0 = graph.ctx0;
+
+    const int64_t n_head    = q->ne[1];
+    const int64_t n_head_kv = k->ne[1];
+    const int64_t n_gqa     = n_head/n_head_kv;
+
+    ggml_tensor * cur = nullptr; // [n_embd_head_v, n_tps, n_head, n_stream]
+
+    for (int64_t h = 0; h < n_head_kv; ++h) {
+        ggml_tensor * qh = ggml_view_4d(ctx0, q, q->ne[0], n_tps, n_gqa, n_stream, q->nb[2], q->nb[1], q->nb[2]*n_tps, h*n_gqa*q->nb[1]);
+        ggml_tensor * kh = ggml_view_4d(ctx0, k, k->ne[0], k->ne[2], 1, n_stream, k->nb[2], k->nb[3], k->nb[3], h*k->nb[1]);
+        ggml_tensor * vh = ggml_view_4d(ctx0, v, v->ne[0], v->ne[2], 1, n_stream, v->nb[2], v->nb[3], v->nb[3], h*v->nb[1]);
+
+        ggml_tensor * kq = ggml_mul_mat(ctx0, kh, qh);
+
+        // see llm_graph_context::build_attn_mha()
+        ggml_prec_set_acc(kq, GGML_PREC_F32);
+
+        kq = ggml_soft_max_ext(ctx0, kq, mask, kq_scale, 0.0f);
+
+        ggml_tensor * kqv = ggml_mul_mat(ctx0, vh, kq);
+
+        cur = cur ? ggml_concat(ctx0, cur, kqv, 2) : kqv;
     }
 
-    ggml_build_forward_expand(graph.gf, cur);
+    cur = ggml_permute(ctx0, cur, 0, 2, 1, 3);
 
-    return cur;
+    return ggml_cont_2d(ctx0, cur, cur->ne[0]*n_head, (int64_t) n_tps*n_stream);
 }
 
 ggml_tensor * llm_graph_input_kv_depth::build_rot(const llm_graph_context & graph, ggml_tensor * cur, uint32_t n_rot) {
@@ -362,12 +391,23 @@ ggml_tensor * llm_graph_input_kv_depth::build_attn(
 
     ggml_tensor * cur;
 
-    // as long as nothing has been evicted, the logits are to be those of the stock cache to the last bit
-    if (evicted && n_tps == 1 && !graph.cparams.flash_attn && !kq_b && !hparams.attn_soft_cap && graph.arch != LLM_ARCH_GROK) {
+    const bool is_plain = kv->get_v_trans() && !graph.cparams.flash_attn && !kq_b && !hparams.attn_soft_cap && graph.arch != LLM_ARCH_GROK;
+
+    if (is_plain && n_tps == 1 && evicted) {
+        // not before something has been evicted: until then the logits are those of the stock cache to the last bit
         cur = build_attn_tok(graph, q, k, v, mask, sinks, kq_scale);
+    } else if (is_plain && n_tps > n_tokens_mask_host && !sinks) {
+        cur = build_attn_heads(graph, q, k, v, mask, kq_scale);
     } else {
         cur = graph.build_attn_mha(q, k, v, kq_b, mask, sinks, nullptr, 0, kq_scale, il);
     }
+
+    if (is_plain && !graph.cparams.offload_kqv) {
+        // all nodes between the KV store and the attention output are run on the CPU
+        ggml_backend_sched_set_tensor_backend(graph.sched, cur, graph.backend_cpu);
+    }
+
+    ggml_build_forward_expand(gf, cur);
 
     if (layer.n_rot_v) {
         cur = build_rot(graph, cur, layer.n_rot_v);

@@ -78,6 +78,14 @@ private:
             ggml_tensor * sinks,
                   float   kq_scale) const;
 
+    ggml_tensor * build_attn_heads(
+            const llm_graph_context & graph,
+            ggml_tensor * q,
+            ggml_tensor * k,
+            ggml_tensor * v,
+            ggml_tensor * mask,
+                  float   kq_scale) const;
+
     ggml_tensor * build_rot(const llm_graph_context & graph, ggml_tensor * cur, uint32_t n_rot);
 };
 

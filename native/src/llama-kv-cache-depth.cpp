@@ -6,6 +6,7 @@
 #include "llama-model.h"
 
 #include <algorithm>
+#include <cinttypes>
 #include <cmath>
 #include <cstring>
 #include <limits>
@@ -13,6 +14,9 @@
 
 // tokens freed at once while decoding, so that most steps do not have to evict at all
 static constexpr uint32_t n_evict_batch = 64;
+
+// positions are computed with in 32 bits, far beyond any context
+static constexpr llama_pos n_pos_max = 1 << 24;
 
 // a layer counts attention this many tokens before it first has to evict, so that the first choice is not a blind one
 static constexpr uint32_t n_warmup = 512;
@@ -39,6 +43,9 @@ void llama_kv_cache_depth::stream_state::clear() {
     q_pos.assign(n_query, -1);
     q_head = 0;
     q_skip = 0;
+
+    pos_min = -1;
+    pos_max = -1;
 }
 
 llama_kv_cache_depth::llama_kv_cache_depth(
@@ -218,7 +225,7 @@ llama_memory_context_ptr llama_kv_cache_depth::init_batch(llama_batch_allocr & b
     // the cells never run out, the context does
     std::vector<llama_pos> pos_min(n_stream);
     for (uint32_t s = 0; s < n_stream; ++s) {
-        pos_min[s] = seq_pos_min(s);
+        pos_min[s] = streams[s].pos_min;
     }
 
     for (const auto & ubatch : ubatches) {
@@ -228,6 +235,10 @@ llama_memory_context_ptr llama_kv_cache_depth::init_batch(llama_batch_allocr & b
 
         for (uint32_t i = 0; i < ubatch.n_tokens; ++i) {
             const uint32_t strm = ubatch.seq_id[i][0];
+
+            if (ubatch.pos[i] > n_pos_max) {
+                return fail("a position is out of range");
+            }
 
             pos_min[strm] = pos_min[strm] < 0 ? ubatch.pos[i] : std::min(pos_min[strm], ubatch.pos[i]);
 
@@ -284,7 +295,9 @@ bool llama_kv_cache_depth::get_can_shift() const {
 //
 
 std::pair<uint32_t, uint32_t> llama_kv_cache_depth::get_streams(llama_seq_id seq_id) const {
-    GGML_ASSERT(seq_id == -1 || (seq_id >= 0 && (uint32_t) seq_id < n_stream));
+    if (seq_id != -1 && !has_seq(seq_id)) {
+        throw std::runtime_error(format("sequence %d is out of range: the context has %u", seq_id, n_stream));
+    }
 
     return seq_id == -1 ? std::make_pair(0u, n_stream) : std::make_pair((uint32_t) seq_id, (uint32_t) seq_id + 1);
 }
@@ -320,6 +333,11 @@ void llama_kv_cache_depth::clear(bool data) {
 }
 
 bool llama_kv_cache_depth::seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1) {
+    // a sequence that does not exist has nothing to remove
+    if (seq_id != -1 && !has_seq(seq_id)) {
+        return true;
+    }
+
     pos_range(p0, p1);
 
     const auto [s0, s1] = get_streams(seq_id);
@@ -345,7 +363,7 @@ bool llama_kv_cache_depth::seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p
         auto & stream = streams[s];
 
         // spans pinned ahead of the tokens stay
-        stream.pins.rm(p0, std::min(p1, seq_pos_max(s) + 1));
+        stream.pins.rm(p0, std::min(p1, stream.pos_max + 1));
 
         for (auto & p : stream.q_pos) {
             if (p >= p0 && p < p1) {
@@ -356,14 +374,48 @@ bool llama_kv_cache_depth::seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p
         for (auto & layer : layers) {
             layer.cells[s].rm_range(p0, p1);
         }
+
+        // the position before a removed suffix is the last one, even if every layer has forgotten it
+        if (p0 <= stream.pos_max && p1 > stream.pos_max) {
+            stream.pos_max = p0 - 1;
+        }
+        if (p0 <= stream.pos_min && p1 > stream.pos_min) {
+            stream.pos_min = p1 <= stream.pos_max ? p1 : -1;
+        }
+
+        update_pos(s);
     }
 
     return true;
 }
 
+void llama_kv_cache_depth::update_pos(uint32_t strm) {
+    auto & stream = streams[strm];
+
+    bool is_empty = true;
+
+    for (const auto & layer : layers) {
+        const auto & cells = layer.cells[strm];
+
+        if (cells.get_used() > 0) {
+            is_empty = false;
+
+            stream.pos_min = stream.pos_min < 0 ? cells.pos_min() : std::min(stream.pos_min, cells.pos_min());
+            stream.pos_max = std::max(stream.pos_max, cells.pos_max());
+        }
+    }
+
+    if (is_empty) {
+        stream.pos_min = -1;
+        stream.pos_max = -1;
+    }
+}
+
 void llama_kv_cache_depth::seq_cp(llama_seq_id seq_id_src, llama_seq_id seq_id_dst, llama_pos p0, llama_pos p1) {
-    GGML_ASSERT(seq_id_src >= 0 && (uint32_t) seq_id_src < n_stream);
-    GGML_ASSERT(seq_id_dst >= 0 && (uint32_t) seq_id_dst < n_stream);
+    if (!has_seq(seq_id_src) || !has_seq(seq_id_dst)) {
+        LLAMA_LOG_ERROR("%s: sequences %d and %d must be below %u\n", __func__, seq_id_src, seq_id_dst, n_stream);
+        return;
+    }
 
     if (seq_id_src == seq_id_dst) {
         return;
@@ -380,7 +432,19 @@ void llama_kv_cache_depth::seq_cp(llama_seq_id seq_id_src, llama_seq_id seq_id_d
 
     synchronize();
 
-    streams[seq_id_dst] = streams[seq_id_src];
+    auto & dst_stream = streams[seq_id_dst];
+
+    dst_stream = streams[seq_id_src];
+    dst_stream.pins.rm(0, p0);
+    dst_stream.pins.rm(p1, std::numeric_limits<llama_pos>::max());
+    dst_stream.pos_min = std::max(dst_stream.pos_min, p0);
+    dst_stream.pos_max = std::min(dst_stream.pos_max, p1 - 1);
+
+    for (auto & p : dst_stream.q_pos) {
+        if (p < p0 || p >= p1) {
+            p = -1;
+        }
+    }
 
     for (auto & layer : layers) {
         auto & cells = layer.cells[seq_id_dst];
@@ -412,11 +476,11 @@ void llama_kv_cache_depth::seq_cp(llama_seq_id seq_id_src, llama_seq_id seq_id_d
             ggml_backend_tensor_copy(src, dst);
         }
     }
+
+    update_pos(seq_id_dst);
 }
 
 void llama_kv_cache_depth::seq_keep(llama_seq_id seq_id) {
-    GGML_ASSERT(seq_id >= 0 && (uint32_t) seq_id < n_stream);
-
     for (uint32_t s = 0; s < n_stream; ++s) {
         if (s != (uint32_t) seq_id) {
             seq_rm(s, -1, -1);
@@ -425,8 +489,10 @@ void llama_kv_cache_depth::seq_keep(llama_seq_id seq_id) {
 }
 
 void llama_kv_cache_depth::seq_add(llama_seq_id seq_id, llama_pos p0, llama_pos p1, llama_pos shift) {
-    GGML_ASSERT(seq_id >= 0 && (uint32_t) seq_id < n_stream);
-    GGML_ASSERT(get_can_shift() && "seq_add() is not supported by this model");
+    if (!has_seq(seq_id) || !get_can_shift()) {
+        LLAMA_LOG_ERROR("%s: not supported by this model, or sequence %d is not below %u\n", __func__, seq_id, n_stream);
+        return;
+    }
 
     if (shift == 0) {
         return;
@@ -452,13 +518,24 @@ void llama_kv_cache_depth::seq_add(llama_seq_id seq_id, llama_pos p0, llama_pos 
     for (auto & layer : layers) {
         layer.cells[seq_id].add_range(p0, p1, shift);
     }
+
+    // ends of the sequence that no layer holds move too
+    for (auto * p : { &stream.pos_min, &stream.pos_max }) {
+        if (*p >= p0 && *p < p1) {
+            *p = std::max(0, *p + shift);
+        }
+    }
+
+    update_pos(seq_id);
 }
 
 void llama_kv_cache_depth::seq_div(llama_seq_id seq_id, llama_pos p0, llama_pos p1, int d) {
-    GGML_ASSERT(seq_id >= 0 && (uint32_t) seq_id < n_stream);
-    GGML_ASSERT(get_can_shift() && "seq_div() is not supported by this model");
+    if (!has_seq(seq_id) || !get_can_shift()) {
+        LLAMA_LOG_ERROR("%s: not supported by this model, or sequence %d is not below %u\n", __func__, seq_id, n_stream);
+        return;
+    }
 
-    if (d == 1) {
+    if (d == 0 || d == 1) {
         return;
     }
 
@@ -482,37 +559,36 @@ void llama_kv_cache_depth::seq_div(llama_seq_id seq_id, llama_pos p0, llama_pos 
     for (auto & layer : layers) {
         layer.cells[seq_id].div_range(p0, p1, d);
     }
-}
 
-llama_pos llama_kv_cache_depth::seq_pos_min(llama_seq_id seq_id) const {
-    GGML_ASSERT(seq_id >= 0 && (uint32_t) seq_id < n_stream);
-
-    if (kv_iswa) {
-        return kv_iswa->seq_pos_min(seq_id);
-    }
-
-    llama_pos res = -1;
-    for (const auto & layer : layers) {
-        const llama_pos p = layer.cells[seq_id].pos_min();
-        if (p >= 0 && (res < 0 || p < res)) {
-            res = p;
+    for (auto * p : { &stream.pos_min, &stream.pos_max }) {
+        if (*p >= p0 && *p < p1) {
+            *p /= d;
         }
     }
 
-    return res;
+    update_pos(seq_id);
+}
+
+llama_pos llama_kv_cache_depth::seq_pos_min(llama_seq_id seq_id) const {
+    if (!has_seq(seq_id)) {
+        return -1;
+    }
+
+    return kv_iswa ? kv_iswa->seq_pos_min(seq_id) : streams[seq_id].pos_min;
 }
 
 llama_pos llama_kv_cache_depth::seq_pos_max(llama_seq_id seq_id) const {
-    GGML_ASSERT(seq_id >= 0 && (uint32_t) seq_id < n_stream);
-
-    // the last token is never evicted, so every layer has it
-    return layers[0].cells[seq_id].pos_max();
+    return has_seq(seq_id) ? streams[seq_id].pos_max : -1;
 }
 
 void llama_kv_cache_depth::seq_pin(llama_seq_id seq_id, llama_pos p0, llama_pos p1) {
-    GGML_ASSERT(seq_id >= 0 && (uint32_t) seq_id < n_stream);
+    get_streams(seq_id);
 
     pos_range(p0, p1);
+
+    if (p1 <= p0) {
+        throw std::runtime_error(format("cannot pin positions [%d, %d): the span is empty", p0, p1));
+    }
 
     const auto & params = plan.params;
 
@@ -522,10 +598,10 @@ void llama_kv_cache_depth::seq_pin(llama_seq_id seq_id, llama_pos p0, llama_pos 
     const uint32_t n_pin = pins.count(params.n_sink);
 
     for (const auto & layer : layers) {
-        const uint32_t n_floor = params.n_sink + n_pin + params.n_recent + plan.n_ubatch;
+        const uint64_t n_floor = (uint64_t) params.n_sink + n_pin + params.n_recent + plan.n_ubatch;
 
         if (layer.n_cells < plan.n_ctx_seq && layer.n_cells < n_floor) {
-            throw std::runtime_error(format("layer capacity %u is below the floor %u (%u sinks + %u pinned + %u recent + %u ubatch): raise --kv-budget or pin fewer tokens",
+            throw std::runtime_error(format("layer capacity %u is below the floor %" PRIu64 " (%u sinks + %u pinned + %u recent + %u ubatch): raise --kv-budget or pin fewer tokens",
                     layer.n_cells, n_floor, params.n_sink, n_pin, params.n_recent, plan.n_ubatch));
         }
     }
@@ -636,6 +712,13 @@ bool llama_kv_cache_depth::evict(kv_layer & layer, uint32_t strm, uint32_t n_tok
     std::vector<float> scores;
     score->score(cells, layer.il, scores);
 
+    // a broken key or value must not break the order of the others
+    for (auto & x : scores) {
+        if (std::isnan(x)) {
+            x = -std::numeric_limits<float>::infinity();
+        }
+    }
+
     const auto rows = llama_kv_score_select(cells, stream.pins, scores, plan.params.n_sink, plan.params.n_recent, n_evict);
 
     for (const uint32_t i : rows) {
@@ -692,9 +775,9 @@ bool llama_kv_cache_depth::compute_attn(kv_layer & layer, uint32_t strm, llama_k
         inp_weight = new_input(1, n_query*n_gqa, n_head_kv);
 
         ggml_tensor * mask = ggml_repeat_4d(ctx, inp_pos_kv, n_kv, n_query, 1, 1);
-        mask = ggml_sub  (ctx, mask, inp_pos_q);
-        mask = ggml_relu (ctx, mask);
-        mask = ggml_scale(ctx, mask, -1e30f);
+        mask = ggml_sub_inplace  (ctx, mask, inp_pos_q);
+        mask = ggml_relu_inplace (ctx, mask);
+        mask = ggml_scale_inplace(ctx, mask, -1e30f);
 
         const auto * lk = layer.k;
         const auto * lq = layer.q;
@@ -720,7 +803,7 @@ bool llama_kv_cache_depth::compute_attn(kv_layer & layer, uint32_t strm, llama_k
             kq = ggml_scale(ctx, kq, hparams.f_attn_logit_softcapping);
         }
 
-        kq = ggml_soft_max_ext(ctx, kq, mask, layer.kq_scale, 0.0f);
+        kq = ggml_soft_max_ext_inplace(ctx, kq, mask, layer.kq_scale, 0.0f);
         ggml_soft_max_add_sinks(kq, layer.sinks);
 
         kq = ggml_reshape_3d(ctx, kq, n_kv, n_query*n_gqa, n_head_kv);
@@ -881,6 +964,13 @@ bool llama_kv_cache_depth::apply_ubatch(const llama_ubatch & ubatch, slot_info &
 
         // pad the n_kv value so that the graph remains constant across batches and can be reused
         sinfo.n_kv.push_back(std::min((uint32_t) GGML_PAD(n_kv, 256), layer.n_cells));
+    }
+
+    for (uint32_t i = 0; i < ubatch.n_tokens; ++i) {
+        auto & stream = streams[sinfo.s0 + i/sinfo.n_tps];
+
+        stream.pos_min = stream.pos_min < 0 ? ubatch.pos[i] : std::min(stream.pos_min, ubatch.pos[i]);
+        stream.pos_max = std::max(stream.pos_max, ubatch.pos[i]);
     }
 
     // choose the queries to sample
@@ -1065,41 +1155,46 @@ void llama_kv_cache_depth::state_write(llama_io_write_i & io, llama_seq_id seq_i
 }
 
 void llama_kv_cache_depth::state_read(llama_io_read_i & io, llama_seq_id seq_id, llama_state_seq_flags flags) {
-    if ((flags & LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY) == 0) {
-        const auto [s0, s1] = get_streams(seq_id);
+    const auto [s0, s1] = get_streams(seq_id);
 
-        uint32_t version;
-        uint32_t n_layers;
-        uint32_t n_strm;
-        uint32_t is_trans;
+    try {
+        if ((flags & LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY) == 0) {
+            uint32_t version;
+            uint32_t n_layers;
+            uint32_t n_strm;
+            uint32_t is_trans;
 
-        io.read(&version,  sizeof(version));
-        io.read(&n_layers, sizeof(n_layers));
-        io.read(&n_strm,   sizeof(n_strm));
-        io.read(&is_trans, sizeof(is_trans));
+            io.read(&version,  sizeof(version));
+            io.read(&n_layers, sizeof(n_layers));
+            io.read(&n_strm,   sizeof(n_strm));
+            io.read(&is_trans, sizeof(is_trans));
 
-        if (version != LLAMA_KV_DEPTH_STATE_VERSION || n_layers != layers.size() || n_strm != s1 - s0) {
-            throw std::runtime_error(format("the saved KV state (version %u, %u layers, %u sequences) does not fit this context (version %u, %zu layers, %u sequences)",
-                    version, n_layers, n_strm, LLAMA_KV_DEPTH_STATE_VERSION, layers.size(), s1 - s0));
-        }
-        if (is_trans != (uint32_t) v_trans) {
-            throw std::runtime_error("the saved KV state is from a context with another flash attention setting");
-        }
+            if (version != LLAMA_KV_DEPTH_STATE_VERSION || n_layers != layers.size() || n_strm != s1 - s0) {
+                throw std::runtime_error(format("the saved KV state (version %u, %u layers, %u sequences) does not fit this context (version %u, %zu layers, %u sequences)",
+                        version, n_layers, n_strm, LLAMA_KV_DEPTH_STATE_VERSION, layers.size(), s1 - s0));
+            }
+            if (is_trans != (uint32_t) v_trans) {
+                throw std::runtime_error("the saved KV state is from a context with another flash attention setting");
+            }
 
-        for (uint32_t s = s0; s < s1; ++s) {
-            state_clear_stream(s);
-
-            try {
-                state_read_stream(io, s);
-            } catch (...) {
+            for (uint32_t s = s0; s < s1; ++s) {
                 state_clear_stream(s);
-                throw;
+                state_read_stream(io, s);
             }
         }
-    }
 
-    if (kv_iswa) {
-        kv_iswa->state_read(io, seq_id, flags);
+        if (kv_iswa) {
+            kv_iswa->state_read(io, seq_id, flags);
+        }
+    } catch (...) {
+        // tensor data is applied only when all of the state has been read: no sequence may claim tokens without it
+        for (uint32_t s = s0; s < s1; ++s) {
+            state_clear_stream(s);
+            if (kv_iswa) {
+                kv_iswa->seq_rm(s, -1, -1);
+            }
+        }
+        throw;
     }
 }
 
@@ -1132,6 +1227,9 @@ void llama_kv_cache_depth::state_write_stream(llama_io_write_i & io, uint32_t st
     llama_kv_depth_write(io, stream.q_pos, n_query);
     io.write(&stream.q_head, sizeof(stream.q_head));
     io.write(&stream.q_skip, sizeof(stream.q_skip));
+
+    io.write(&stream.pos_min, sizeof(stream.pos_min));
+    io.write(&stream.pos_max, sizeof(stream.pos_max));
 
     for (const auto & layer : layers) {
         const auto & cells = layer.cells[strm];
@@ -1210,6 +1308,12 @@ void llama_kv_cache_depth::state_read_stream(llama_io_read_i & io, uint32_t strm
         throw std::runtime_error("the saved KV state has invalid query samples");
     }
 
+    io.read(&stream.pos_min, sizeof(stream.pos_min));
+    io.read(&stream.pos_max, sizeof(stream.pos_max));
+    if (stream.pos_min < -1 || stream.pos_max < stream.pos_min || stream.pos_max > n_pos_max) {
+        throw std::runtime_error("the saved KV state has invalid positions");
+    }
+
     for (auto & layer : layers) {
         auto & cells = layer.cells[strm];
 
@@ -1258,6 +1362,17 @@ void llama_kv_cache_depth::state_read_stream(llama_io_read_i & io, uint32_t strm
             llama_kv_depth_read(io, shift, n_rows);
         }
 
+        {
+            auto sorted = pos;
+            std::sort(sorted.begin(), sorted.end());
+            for (uint32_t i = 0; i < n_rows; ++i) {
+                const bool is_twice = i > 0 && sorted[i] >= 0 && sorted[i] == sorted[i - 1];
+                if (sorted[i] > stream.pos_max || is_twice || !std::isfinite(acc[i]) || !(cnt[i] >= 0.0f)) {
+                    throw std::runtime_error(format("the saved KV state has invalid cells in layer %u", layer.il));
+                }
+            }
+        }
+
         for (uint32_t i = 0; i < n_rows; ++i) {
             if (pos[i] < 0) {
                 continue;
@@ -1270,7 +1385,7 @@ void llama_kv_cache_depth::state_read_stream(llama_io_read_i & io, uint32_t strm
             }
         }
 
-        cells.pos_scored = pos_scored;
+        cells.pos_scored = std::max(-1, std::min(pos_scored, cells.pos_max()));
         cells.n_evicted  = n_evicted;
 
         io.read_tensor(layer.k, strm*layer.k->nb[2], n_rows*layer.k->nb[1]);

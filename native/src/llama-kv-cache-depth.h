@@ -177,6 +177,10 @@ private:
         // tokens seen one at a time, of which only every few is kept as a sample
         uint32_t               q_skip = 0;
 
+        // first and last position of the sequence, whether a layer still holds them or not, -1: it is empty
+        llama_pos pos_min = -1;
+        llama_pos pos_max = -1;
+
         void clear();
     };
 
@@ -211,6 +215,10 @@ private:
 
     stats stat;
 
+    bool has_seq(llama_seq_id seq_id) const {
+        return seq_id >= 0 && (uint32_t) seq_id < n_stream;
+    }
+
     // streams of a sequence id, -1 stands for all
     std::pair<uint32_t, uint32_t> get_streams(llama_seq_id seq_id) const;
 
@@ -220,6 +228,9 @@ private:
 
     // attention of the sampled queries that the layer has not counted yet, false if there is none
     bool compute_attn(kv_layer & layer, uint32_t strm, llama_kv_attn & attn);
+
+    // follow up on positions that have been moved or removed
+    void update_pos(uint32_t strm);
 
     // wait for the main graph before its results are read
     void synchronize() const;

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cassert>
 #include <cstdint>
+#include <limits>
 #include <vector>
 
 // which position sits in which row of one layer, for one sequence
@@ -22,6 +23,7 @@ public:
         n_used = 0;
         n_rows = 0;
         head   = 0;
+        p_max  = -1;
 
         pos_scored = -1;
         n_evicted  = 0;
@@ -59,7 +61,7 @@ public:
 
     llama_pos pos_min() const {
         llama_pos res = -1;
-        for (uint32_t i = 0; i < n_rows; ++i) {
+        for (uint32_t i = 0; i < n_rows && res != 0; ++i) {
             if (pos[i] >= 0 && (res < 0 || pos[i] < res)) {
                 res = pos[i];
             }
@@ -68,11 +70,7 @@ public:
     }
 
     llama_pos pos_max() const {
-        llama_pos res = -1;
-        for (uint32_t i = 0; i < n_rows; ++i) {
-            res = std::max(res, pos[i]);
-        }
-        return res;
+        return p_max;
     }
 
     // place a position in the lowest empty cell, returns its row
@@ -103,10 +101,12 @@ public:
 
         n_used++;
         n_rows = std::max(n_rows, i + 1);
+        p_max  = std::max(p_max, p);
     }
 
     void rm(uint32_t i) {
-        assert(pos[i] >= 0);
+        const llama_pos p = pos[i];
+        assert(p >= 0);
 
         pos[i] = -1;
         if (!shift.empty()) {
@@ -120,6 +120,10 @@ public:
             n_rows--;
         }
 
+        if (p == p_max) {
+            update_max();
+        }
+
         if (n_used == 0) {
             pos_scored = -1;
             n_evicted  = 0;
@@ -128,13 +132,23 @@ public:
 
     // remove the positions in [p0, p1)
     void rm_range(llama_pos p0, llama_pos p1) {
+        // front ends remove what is not there before every step, in every layer
+        if (p0 > p_max) {
+            return;
+        }
+
+        // no need to look for the last position after each of them
+        p_max = std::numeric_limits<llama_pos>::max();
+
         for (uint32_t i = n_rows; i-- > 0; ) {
             if (pos[i] >= p0 && pos[i] < p1) {
                 rm(i);
             }
         }
 
-        pos_scored = std::min(pos_scored, pos_max());
+        update_max();
+
+        pos_scored = std::min(pos_scored, p_max);
     }
 
     // pos = pos + d for the positions in [p0, p1), cells that become negative are removed
@@ -145,7 +159,9 @@ public:
             }
         }
 
-        pos_scored = std::min(pos_scored, pos_max());
+        update_max();
+
+        pos_scored = std::min(pos_scored, p_max);
     }
 
     // pos = pos / d for the positions in [p0, p1)
@@ -156,7 +172,9 @@ public:
             }
         }
 
-        pos_scored = std::min(pos_scored, pos_max());
+        update_max();
+
+        pos_scored = std::min(pos_scored, p_max);
     }
 
     // rotary shift that the stored keys still lack, empty: none of them
@@ -200,6 +218,15 @@ private:
     // no cell before this one is empty
     uint32_t head = 0;
 
+    llama_pos p_max = -1;
+
+    void update_max() {
+        p_max = -1;
+        for (uint32_t i = 0; i < n_rows; ++i) {
+            p_max = std::max(p_max, pos[i]);
+        }
+    }
+
     void move(uint32_t i, llama_pos p) {
         if (p < 0) {
             rm(i);
@@ -242,12 +269,18 @@ public:
     }
 
     void add(llama_pos p0, llama_pos p1) {
+        if (p1 <= p0) {
+            return;
+        }
         // merge with what is pinned already, so that no position counts twice
         rm(p0, p1);
         spans.emplace_back(p0, p1);
     }
 
     void rm(llama_pos p0, llama_pos p1) {
+        if (p1 <= p0) {
+            return;
+        }
         std::vector<std::pair<llama_pos, llama_pos>> res;
         for (const auto & s : spans) {
             if (s.first < std::min(s.second, p0)) {

@@ -129,8 +129,28 @@ void llama_kv_depth_params::check() const {
         throw std::runtime_error(format("unknown scorer '%s': use one of %s", scorer.c_str(), llama_kv_score_names()));
     }
 
-    if (n_recent == 0) {
-        throw std::runtime_error("recent tokens 0: at least the last token must stay, use 1 or more");
+    // the first token must stay to know where a sequence begins, the last one to know where it ends
+    for (const uint32_t n : { n_sink, n_recent }) {
+        if (n == 0 || n > 1u << 20) {
+            throw std::runtime_error(format("%u sink tokens and %u recent tokens: use 1 to %u of each", n_sink, n_recent, 1u << 20));
+        }
+    }
+}
+
+void llama_kv_depth_check_type(ggml_type type) {
+    switch (type) {
+        case GGML_TYPE_F32:
+        case GGML_TYPE_F16:
+        case GGML_TYPE_BF16:
+        case GGML_TYPE_Q8_0:
+        case GGML_TYPE_Q5_1:
+        case GGML_TYPE_Q5_0:
+        case GGML_TYPE_Q4_1:
+        case GGML_TYPE_Q4_0:
+        case GGML_TYPE_IQ4_NL:
+            return;
+        default:
+            throw std::runtime_error(format("type %d is not one for K and V: use f32, f16, bf16, q8_0 or q4_0", (int) type));
     }
 }
 
@@ -250,6 +270,9 @@ size_t llama_kv_depth_bytes_full(
                 ggml_type   type_v) {
     const auto & hparams = model.hparams;
 
+    llama_kv_depth_check_type(type_k);
+    llama_kv_depth_check_type(type_v);
+
     size_t res = 0;
 
     for (uint32_t il = 0; il < hparams.n_layer(); ++il) {
@@ -315,7 +338,7 @@ llama_kv_depth_plan llama_kv_depth_plan_init(
     }
 
     // a unified cache is shared by all sequences, so each gets its part of the cells and may use every position
-    const uint32_t n_cells_full = cparams.kv_unified ? cparams.n_ctx_seq/cparams.n_seq_max : cparams.n_ctx_seq;
+    const uint32_t n_cells_full = cparams.kv_unified && cparams.n_seq_max > 1 ? cparams.n_ctx_seq/cparams.n_seq_max/32*32 : cparams.n_ctx_seq;
 
     const uint32_t n_ubatch_min = std::min(cparams.n_ubatch, 32u);
     const uint32_t n_safe       = params.n_sink + params.n_recent;
@@ -336,7 +359,7 @@ llama_kv_depth_plan llama_kv_depth_plan_init(
 
     for (size_t i = 0; i < n_layers; ++i) {
         if (!params.cells.empty() && params.cells[i] > 0) {
-            cells[i] = std::min<uint32_t>(GGML_PAD(params.cells[i], 32), GGML_PAD(n_cells_full, 32));
+            cells[i] = params.cells[i] >= n_cells_full ? n_cells_full : GGML_PAD(params.cells[i], 32);
         }
 
         llama_kv_depth_plan::layer l;
@@ -344,6 +367,9 @@ llama_kv_depth_plan llama_kv_depth_plan_init(
         l.cells  = cells[i];
         l.type_k = params.type_k.empty() || params.type_k[i] == GGML_TYPE_COUNT ? cparams_user.type_k : params.type_k[i];
         l.type_v = params.type_v.empty() || params.type_v[i] == GGML_TYPE_COUNT ? cparams_user.type_v : params.type_v[i];
+
+        llama_kv_depth_check_type(l.type_k);
+        llama_kv_depth_check_type(l.type_v);
 
         res.layers.push_back(l);
     }
@@ -370,15 +396,17 @@ void llama_kv_depth_plan_apply(
 
     // on the CPU attention is faster without the flash attention kernel, see docs/engine.md
     if (cparams.auto_fa) {
-        bool on_cpu = true;
+        bool on_cpu  = true;
+        bool quant_v = false;
         for (const auto & layer : plan.layers) {
-            on_cpu = on_cpu && (!cparams.offload_kqv || ggml_backend_dev_type(model.dev_layer(layer.il)) == GGML_BACKEND_DEVICE_TYPE_CPU);
-            on_cpu = on_cpu && !ggml_is_quantized(layer.type_v);
+            on_cpu  = on_cpu  && (!cparams.offload_kqv || ggml_backend_dev_type(model.dev_layer(layer.il)) == GGML_BACKEND_DEVICE_TYPE_CPU);
+            quant_v = quant_v || ggml_is_quantized(layer.type_v);
         }
 
-        if (on_cpu) {
+        // a quantized V cannot do without it
+        if (on_cpu || quant_v) {
             cparams.auto_fa    = false;
-            cparams.flash_attn = false;
+            cparams.flash_attn = quant_v;
         }
     }
 }

@@ -29,7 +29,7 @@ struct llama_kv_depth_params {
 
     // the stock cache serves a full budget
     bool enabled() const {
-        return (budget > 0.0f && budget < 1.0f) || !cells.empty();
+        return (budget > 0.0f && budget < 1.0f) || !cells.empty() || !type_k.empty() || !type_v.empty();
     }
 
     // the keys `depthkv.*`, file and key-value overrides; throws one line that names the key
@@ -95,6 +95,9 @@ size_t llama_kv_depth_row_size_v(const llama_model & model, int32_t il, ggml_typ
 
 // cells of an SWA layer of one sequence, as in llama_kv_cache_iswa without swa_full
 uint32_t llama_kv_depth_swa_cells(const llama_model & model, uint32_t n_ctx_seq, uint32_t n_ubatch);
+
+// throws one line if a type cannot hold K or V
+void llama_kv_depth_check_type(ggml_type type);
 
 // bytes of the cache that stock llama.cpp would allocate
 size_t llama_kv_depth_bytes_full(

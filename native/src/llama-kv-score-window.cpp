@@ -34,22 +34,24 @@ public:
         // neighbours of an important token are kept with it: max pooling over 7 consecutive positions, as in SnapKV
         const int n_pool = 3;
 
-        const llama_pos n_pos = cells.pos_max() + 1;
+        const llama_pos p0    = std::max(0, cells.pos_min());
+        const llama_pos n_pos = cells.pos_max() + 1 - p0;
 
         std::vector<float> by_pos(n_pos, 0.0f);
         for (uint32_t i = 0; i < cells.used_max_p1(); ++i) {
             if (!cells.is_empty(i)) {
-                by_pos[cells.pos_get(i)] = cells.acc[i];
+                by_pos[cells.pos_get(i) - p0] = cells.acc[i];
             }
         }
 
         scores.assign(cells.used_max_p1(), 0.0f);
 
         for (uint32_t i = 0; i < scores.size(); ++i) {
-            const llama_pos p = cells.pos_get(i);
-            if (p < 0) {
+            if (cells.is_empty(i)) {
                 continue;
             }
+
+            const llama_pos p = cells.pos_get(i) - p0;
 
             for (llama_pos j = std::max(0, p - n_pool); j < std::min(n_pos, p + n_pool + 1); ++j) {
                 scores[i] = std::max(scores[i], by_pos[j]);

@@ -183,8 +183,23 @@ static void test_copy_keep_remove() {
             CHECK(p < 210);
         }
     }
+    // further back than the recent window: layers may have evicted the tokens before the cut, the sequence goes on there
+    for (const llama_pos cut : { 190, 150, 120, 40 }) {
+        CHECK(llama_memory_seq_rm(mem, 2, cut, -1));
+        CHECK(llama_memory_seq_pos_max(mem, 2) == cut - 1);
+        CHECK(llama_memory_seq_pos_min(mem, 2) == 0);
+        decode(ctx.get(), {{ 2, { t[cut], t[cut + 1] } }}, cut);
+        CHECK(llama_memory_seq_pos_max(mem, 2) == cut + 1);
+    }
+
     CHECK(llama_memory_seq_rm(mem, 2, -1, -1));
     CHECK(llama_memory_seq_pos_max(mem, 2) == -1);
+
+    // sequences that do not exist
+    CHECK(llama_memory_seq_rm(mem, 3, -1, -1));
+    CHECK(llama_memory_seq_pos_max(mem, 100) == -1);
+    llama_memory_seq_cp (mem, 0, 7, -1, -1);
+    llama_memory_seq_add(mem, 9, 0, -1, 1);
 
     llama_depthkv_layer l;
     CHECK(llama_depthkv_get_layer(ctx.get(), 0, 2, &l));
@@ -263,7 +278,11 @@ static void test_state() {
     CHECK(llama_memory_seq_pos_max(llama_get_memory(small.get()), 0) == -1);
     feed(small.get(), 0, t, 0, 200);
 
-    // cut short
+    // cut short: no sequence is left with tokens that were not restored
+    CHECK(llama_state_set_data(other.get(), whole.data(), whole.size() - 64) == 0);
+    for (llama_seq_id seq : { 0, 1 }) {
+        CHECK(llama_memory_seq_pos_max(llama_get_memory(other.get()), seq) == -1);
+    }
     CHECK(llama_state_seq_set_data(other.get(), one.data(), 4, 0) == 0);
     for (const size_t n : { size_t(100), one.size()/3, one.size() - 8 }) {
         CHECK(llama_state_seq_set_data(other.get(), one.data(), n, 0) == 0);
@@ -296,6 +315,8 @@ static void test_pins() {
     CHECK(n_held(0, 4)  ==  4);        // sinks
     CHECK(n_held(208, 240) == 32);     // recent window
 
+    CHECK(!llama_depthkv_pin(ctx.get(), 0, 50, 50));
+
     // removing the tokens removes the pin
     CHECK(llama_memory_seq_rm(mem, 0, -1, -1));
     CHECK(llama_depthkv_pin(ctx.get(), 0, 40, 70));
@@ -322,6 +343,56 @@ static void test_bounded() {
     CHECK(llama_decode(ctx.get(), llama_batch_get_one(const_cast<llama_token *>(more.data()), 32)) == 1);
 }
 
+// a plan that cannot be is one line, not a crash
+static void test_bad_plans() {
+    auto cparams = llama_context_default_params();
+    cparams.n_ctx = 256;
+
+    const int n_layers = llama_depthkv_layer_count(model);
+
+    const auto expect = [&](llama_depthkv_params depth, const char * text) {
+        CHECK(!llama_depthkv_init_from_model(model, cparams, depth));
+        CHECK(std::string(llama_depthkv_last_error()).find(text) != std::string::npos);
+    };
+
+    for (float budget : { -1.0f, 1.5f, NAN }) {
+        auto depth = llama_depthkv_default_params();
+        depth.budget = budget;
+        expect(depth, "out of range");
+    }
+
+    auto depth = llama_depthkv_default_params();
+    depth.budget = 0.5f;
+    depth.scorer = "nonsense";
+    expect(depth, "unknown scorer");
+
+    depth = llama_depthkv_default_params();
+    depth.budget   = 0.5f;
+    depth.n_sink   = INT32_MAX;
+    depth.n_recent = INT32_MAX;
+    expect(depth, "sink tokens");
+
+    const std::vector<uint32_t>  few  (n_layers, 10);
+    const std::vector<ggml_type> wrong(n_layers, (ggml_type) 999);
+
+    depth = llama_depthkv_default_params();
+    depth.cells = few.data();
+    expect(depth, "n_layers");
+    depth.n_layers = n_layers + 1;
+    expect(depth, "layers");
+    depth.n_layers = n_layers;
+    expect(depth, "below the floor");
+
+    depth = llama_depthkv_default_params();
+    depth.budget   = 0.5f;
+    depth.n_layers = n_layers;
+    depth.type_k   = wrong.data();
+    expect(depth, "type 999");
+
+    CHECK(llama_depthkv_layer_id(model, n_layers) == -1);
+    CHECK(llama_depthkv_layer_count(nullptr) == -1);
+}
+
 int main(int argc, char ** argv) {
     if (argc < 2) {
         fprintf(stderr, "usage: %s DIR\n", argv[0]);
@@ -345,6 +416,7 @@ int main(int argc, char ** argv) {
     test_state();
     test_pins();
     test_bounded();
+    test_bad_plans();
 
     llama_model_free(model);
 

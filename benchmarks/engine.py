@@ -96,7 +96,9 @@ def budget_free_path(model: Path, baseline: Path, text: str, n_threads: int, rep
 # --- speed and memory ---------------------------------------------------------------------------------------------
 
 
-def speed(model: Path, baseline: Path, text: str, n_threads: int, repetitions: int) -> Iterator[Row]:
+def speed(
+    model: Path, baseline: Path, text: str, n_threads: int, repetitions: int, prompt_repetitions: int
+) -> Iterator[Row]:
     """A whole prompt from empty, and prefill and decode at depth, against the fastest stock setting."""
     ours = library.library_dir()
     workers = {
@@ -104,29 +106,40 @@ def speed(model: Path, baseline: Path, text: str, n_threads: int, repetitions: i
         "stock, flash attention": Worker(baseline, **engine_options(model, n_threads, flash_attn=True)),
     }
     for budget in BUDGETS:
-        workers[f"budget {budget}"] = Worker(ours, **engine_options(model, n_threads, **budget_options(budget)))
+        options = engine_options(model, n_threads, **budget_options(budget))
+        workers[f"budget {budget}"] = Worker(ours, **options)
+        workers[f"budget {budget}, flash attention"] = Worker(ours, **options, flash_attn=True)
     tokens = workers["stock"].tokenize(text)[:PROMPT]
 
-    # seconds by configuration and kind, one entry for each repetition
+    # seconds a token by configuration and kind, one entry for each repetition
     taken: dict[str, dict[str, list[float]]] = {n: {"prompt": [], "prefill": [], "decode": []} for n in workers}
-    for repetition in range(repetitions):
-        # flash attention is the slower one on a CPU: one pass shows it, the others would only cost time
-        active = {n: w for n, w in workers.items() if repetition == 0 or "flash" not in n}
-        prompt = dict.fromkeys(active, 0.0)
+    for repetition in range(prompt_repetitions):
+        prompt = dict.fromkeys(workers, 0.0)
         for at in range(0, PROMPT, SEGMENT):
-            if at == DEPTH:
-                for name, worker in active.items():
-                    n = 64
-                    seconds = worker.eval(tokens[at : at + n], at=at, one_by_one=True)
-                    taken[name]["decode"].append(seconds / n)
-            for name, worker in active.items():
-                seconds = worker.eval(tokens[at : at + SEGMENT], at=at)
-                prompt[name] += seconds
-                if at == DEPTH:
-                    taken[name]["prefill"].append(seconds / SEGMENT)
+            if at == DEPTH and repetition == prompt_repetitions - 1:
+                for worker in workers.values():
+                    worker.save()
+            for name, worker in workers.items():
+                prompt[name] += worker.eval(tokens[at : at + SEGMENT], at=at)
+            # saving the state below takes memory of its own
+            if repetition == 0 and at + SEGMENT == (PROMPT if prompt_repetitions > 1 else DEPTH):
+                peaks = {name: worker.peak_rss_bytes() for name, worker in workers.items()}
         for name, seconds in prompt.items():
             taken[name]["prompt"].append(seconds / PROMPT)
-        say(f"speed: pass {repetition + 1} of {repetitions}")
+        say(f"speed: prompt {repetition + 1} of {prompt_repetitions}")
+
+    # From the state at that depth each time: what follows a removed suffix would find cells that are still free.
+    for repetition in range(repetitions):
+        for worker in workers.values():
+            worker.load()
+        for name, worker in workers.items():
+            taken[name]["prefill"].append(worker.eval(tokens[DEPTH : DEPTH + SEGMENT], at=DEPTH) / SEGMENT)
+        for worker in workers.values():
+            worker.load()
+        for name, worker in workers.items():
+            n = 128  # two evictions
+            taken[name]["decode"].append(worker.eval(tokens[DEPTH : DEPTH + n], at=DEPTH, one_by_one=True) / n)
+        say(f"speed: depth {repetition + 1} of {repetitions}")
 
     titles = {
         "prompt": f"prefill of {PROMPT} tokens from empty",
@@ -142,19 +155,21 @@ def speed(model: Path, baseline: Path, text: str, n_threads: int, repetitions: i
                 row["against"] = fastest
             yield row
 
-    # the same processes, now at the end of a full prompt
+    # of the same processes, at the end of the first full prompt
     full = _kv_bytes(model, 1.0)
-    for setting, name in (("stock", "stock"), ("stock, flash attention", "stock, flash attention")):
-        yield {"figure": f"peak memory: {setting}", "mib": workers[name].peak_rss_bytes() / 2**20}
-    for budget in BUDGETS:
-        peak = workers[f"budget {budget}"].peak_rss_bytes()
-        saved = full - _kv_bytes(model, budget)
-        fell = workers["stock"].peak_rss_bytes() - peak
+    for name in ("stock", "stock, flash attention"):
+        yield {"figure": f"peak memory: {name}", "mib": peaks[name] / 2**20}
+    for name in workers:
+        if not name.startswith("budget"):
+            continue
+        stock = "stock, flash attention" if "flash" in name else "stock"
+        saved = full - _kv_bytes(model, float(name.split()[1].rstrip(",")))
         yield {
-            "figure": f"peak memory: budget {budget}",
-            "mib": peak / 2**20,
+            "figure": f"peak memory: {name}",
+            "mib": peaks[name] / 2**20,
             "kv_mib_saved": saved / 2**20,
-            "fall_of_peak_over_kv_saved": fell / saved,
+            "fall_of_peak_over_kv_saved": (peaks[stock] - peaks[name]) / saved,
+            "against": stock,
         }
     for worker in workers.values():
         worker.close()
@@ -229,6 +244,7 @@ def _format(row: Row) -> str:
 @click.option("--text", "text_files", multiple=True, type=click.Path(exists=True), help="Long texts for quality.")
 @click.option("--only", multiple=True, type=click.Choice(["stock", "speed", "bytes", "quality"]), help="Some sections.")
 @click.option("--repetitions", default=5, show_default=True)
+@click.option("--prompt-repetitions", default=5, show_default=True, help="Of the whole prompt: minutes each.")
 @click.option("--threads", default=os.cpu_count(), show_default=True)
 @click.option("--json", "json_file", type=click.Path(), help="Also write the figures to a file.")
 def main(
@@ -237,6 +253,7 @@ def main(
     text_files: tuple[str, ...],
     only: tuple[str, ...],
     repetitions: int,
+    prompt_repetitions: int,
     threads: int,
     json_file: str | None,
 ) -> None:
@@ -259,7 +276,7 @@ def main(
             lambda: greedy_text(f32_model(), long_text, threads),
         ],
         "bytes": [lambda: kv_bytes(path)],
-        "speed": [lambda: speed(path, stock, long_text, threads, repetitions)],
+        "speed": [lambda: speed(path, stock, long_text, threads, repetitions, prompt_repetitions)],
         "quality": [lambda: quality(f32_model(), texts, threads)],
     }
     rows: list[Row] = []

@@ -46,6 +46,14 @@ class Worker:
         """Seconds to compute tokens from position `at` on; what was there before is removed first."""
         return self._ask({"eval": tokens, "at": at, "one_by_one": one_by_one})["seconds"]
 
+    def save(self) -> None:
+        """Keep the state of the context, in the worker."""
+        self._ask({"save": True})
+
+    def load(self) -> None:
+        """Go back to the state that was kept: what was evicted then, and nothing since."""
+        self._ask({"load": True})
+
     def logits_sha256(self) -> str:
         """Hash of the logits of the last token."""
         return self._ask({"logits": True})["sha256"]
@@ -71,6 +79,7 @@ def _serve() -> None:
 
     llama = llama_cpp.Llama(**json.loads(sys.stdin.readline()), verbose=False)
     print("{}", flush=True)
+    state: Any = None
     for line in sys.stdin:
         request = json.loads(line)
         answer: dict[str, Any] = {}
@@ -82,6 +91,10 @@ def _serve() -> None:
                 llama.eval(chunk)
                 llama_cpp.llama_synchronize(llama.ctx)
             answer["seconds"] = time.perf_counter() - started
+        elif "save" in request:
+            state = llama.save_state()
+        elif "load" in request:
+            llama.load_state(state)
         elif "logits" in request:
             logits = np.ctypeslib.as_array(llama_cpp.llama_get_logits_ith(llama.ctx, -1), shape=(llama.n_vocab(),))
             answer["sha256"] = hashlib.sha256(logits.tobytes()).hexdigest()

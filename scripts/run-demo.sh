@@ -10,4 +10,4 @@ from pydoc_data.topics import topics
 print(topics['specialnames'][:29500].rsplit('\n\n', 1)[0])" > "$document"
 echo "The document: $(wc -w < "$document") words of the Python reference, $document"
 exec .venv/bin/depthkv-edge run smollm2 --kv-budget 0.6 -c 8192 -f "$document" \
-    -p "${1:-Which method does Python call to create a new instance of a class?}"
+    -p "${1:-In one or two sentences: what are these methods for?}" -n 64

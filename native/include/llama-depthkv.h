@@ -36,6 +36,9 @@ struct llama_depthkv_params {
     // token-scoring rule: "attention", "window", "streaming" or "random"; NULL: the model's, or "attention"
     const char * scorer;
 
+    // allocation rule: "uniform", "proportional" or "optimal"; NULL: the model's, or "optimal" if it is calibrated
+    const char * rule;
+
     // tokens never evicted at the front and at the end of a sequence; negative: the model's, or 4 and 32
     int32_t n_sink;
     int32_t n_recent;
@@ -90,6 +93,7 @@ struct llama_depthkv_stats {
     int64_t  t_evict_us;    // time spent on scoring and eviction
     char     scorer[32];
     char     rule[32];      // allocation rule
+    char     calibrated[32]; // scorer that the model's layers were calibrated with, empty: they were not
 };
 
 LLAMA_API bool llama_depthkv_get_stats(const struct llama_context * ctx, struct llama_depthkv_stats * stats);
@@ -123,18 +127,27 @@ LLAMA_API void llama_depthkv_unpin(struct llama_context * ctx, llama_seq_id seq_
 //
 
 struct llama_depthkv_alloc_params {
-    const char * rule;         // "uniform"
+    const char * rule;         // "uniform", "proportional" or "optimal"; NULL: "optimal" if there are curves, else "uniform"
 
     uint32_t n_layers;
     uint32_t n_ctx;            // positions of one sequence
-    double   budget;           // fraction of n_layers*n_ctx cells, in (0, 1]
+    double   budget;           // fraction of the bytes of n_layers*n_ctx cells, in (0, 1]
 
     uint32_t n_floor;          // least cells of a layer
     uint32_t n_align;          // granularity of a layer, in cells
+
+    // optional: what pruning a single layer costs, as in `depthkv.keep_ratios` and `depthkv.sensitivity`
+    uint32_t      n_ratios;
+    const float * keep_ratios; // [n_ratios] ascending, in (0, 1]
+    const float * sensitivity; // [n_layers*n_ratios] row-major by layer, not increasing with the keep ratio
+
+    const uint64_t * cell_bytes; // [n_layers] bytes of a cell of each layer; NULL: all the same
 };
 
-// cells [n_layers]: capacity of each layer, a multiple of n_align (or n_ctx), sum <= budget*n_layers*n_ctx
-// false, with the reason in llama_depthkv_last_error(), if the budget is out of range or below the floor
+// cells [n_layers]: capacity of each layer, a multiple of n_align (or n_ctx), whose bytes do not exceed the budget
+// a larger budget never gives a layer fewer cells
+// false, with the reason in llama_depthkv_last_error(), if the budget is out of range or below the floor, or if the rule
+// is unknown or needs curves that are missing or nonsense
 LLAMA_API bool llama_depthkv_alloc(struct llama_depthkv_alloc_params params, uint32_t * cells);
 
 #ifdef __cplusplus

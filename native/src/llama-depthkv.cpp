@@ -55,6 +55,7 @@ llama_depthkv_params llama_depthkv_default_params(void) {
     llama_depthkv_params res = {
         /*.budget   =*/ 0.0f,
         /*.scorer   =*/ nullptr,
+        /*.rule     =*/ nullptr,
         /*.n_sink   =*/ -1,
         /*.n_recent =*/ -1,
         /*.n_layers =*/ 0,
@@ -81,6 +82,9 @@ llama_context * llama_depthkv_init_from_model(llama_model * model, llama_context
         }
         if (depth.scorer) {
             dparams.scorer = depth.scorer;
+        }
+        if (depth.rule) {
+            dparams.rule = depth.rule;
         }
         if (depth.n_sink >= 0) {
             dparams.n_sink = depth.n_sink;
@@ -184,6 +188,8 @@ bool llama_depthkv_get_stats(const llama_context * ctx, llama_depthkv_stats * st
 
             snprintf(stats->scorer, sizeof(stats->scorer), "%s", plan.params.scorer.c_str());
             snprintf(stats->rule,   sizeof(stats->rule),   "%s", plan.params.rule.c_str());
+
+            snprintf(stats->calibrated, sizeof(stats->calibrated), "%s", plan.params.curve_scorer.c_str());
 
             return true;
         }
@@ -322,7 +328,20 @@ bool llama_depthkv_alloc(llama_depthkv_alloc_params params, uint32_t * cells) {
         aparams.n_floor  = params.n_floor;
         aparams.n_align  = params.n_align;
 
-        const auto res = llama_kv_alloc(params.rule ? params.rule : "uniform", aparams);
+        if (params.n_ratios > 0) {
+            if (!params.keep_ratios || !params.sensitivity) {
+                throw std::runtime_error("keep_ratios or sensitivity is NULL");
+            }
+            aparams.curves.ratios.assign(params.keep_ratios, params.keep_ratios + params.n_ratios);
+            aparams.curves.loss  .assign(params.sensitivity, params.sensitivity + (size_t) params.n_layers*params.n_ratios);
+        }
+        if (params.cell_bytes) {
+            aparams.cell_bytes.assign(params.cell_bytes, params.cell_bytes + params.n_layers);
+        }
+
+        const char * rule = params.rule ? params.rule : params.n_ratios > 0 ? llama_kv_alloc_default_rule() : "uniform";
+
+        const auto res = llama_kv_alloc(rule, aparams);
 
         std::copy(res.begin(), res.end(), cells);
 

@@ -1,6 +1,22 @@
 #include "llama-kv-alloc.h"
 
 // the same number of cells for every layer
-std::vector<double> llama_kv_alloc_uniform(const llama_kv_alloc_params & params) {
-    return std::vector<double>(params.n_layers, params.budget*params.n_ctx);
+class llama_kv_alloc_uniform : public llama_kv_alloc_i {
+public:
+    const char * name() const override {
+        return "uniform";
+    }
+
+    double gain(uint32_t il, uint32_t n0, uint32_t n1) const override {
+        (void) il;
+        (void) n1;
+
+        return -(double) n0;
+    }
+};
+
+llama_kv_alloc_ptr llama_kv_alloc_init_uniform(const llama_kv_alloc_params & params) {
+    (void) params;
+
+    return std::make_unique<llama_kv_alloc_uniform>();
 }

@@ -4,22 +4,101 @@
 
 #include <algorithm>
 #include <cmath>
+#include <queue>
 #include <stdexcept>
 
-// the largest multiple of the granularity that does not exceed n, the full layer is always allowed
-static uint32_t llama_kv_alloc_align(double n, const llama_kv_alloc_params & params) {
-    // the budget arrives as a float: 0.6f*8192 must not lose a whole step to rounding
-    const double eps = 1e-7*params.n_ctx;
-
-    if (n + eps >= params.n_ctx) {
-        return params.n_ctx;
+void llama_kv_curves::check(uint32_t n_layers, const char * ratios_name, const char * loss_name) const {
+    if (ratios.empty()) {
+        throw std::runtime_error(format("%s is empty: it must hold at least one keep ratio", ratios_name));
     }
 
-    return (uint32_t) std::floor((n + eps)/params.n_align)*params.n_align;
+    for (size_t i = 0; i < ratios.size(); ++i) {
+        if (!(ratios[i] > 0.0f && ratios[i] <= 1.0f) || (i > 0 && ratios[i] <= ratios[i - 1])) {
+            throw std::runtime_error(format("%s[%zu] is %g: keep ratios must ascend, above 0 and at most 1", ratios_name, i, ratios[i]));
+        }
+    }
+
+    if (loss.size() != n_layers*ratios.size()) {
+        throw std::runtime_error(format("%s has %zu values: %u layers and %zu keep ratios need %zu",
+                loss_name, loss.size(), n_layers, ratios.size(), n_layers*ratios.size()));
+    }
+
+    for (size_t i = 0; i < loss.size(); ++i) {
+        if (!std::isfinite(loss[i]) || loss[i] < 0.0f) {
+            throw std::runtime_error(format("%s[%zu] is %g: a loss must be finite and not negative", loss_name, i, loss[i]));
+        }
+
+        // but for rounding
+        if (i % ratios.size() > 0 && loss[i] > loss[i - 1]*(1.0f + 1e-6f)) {
+            throw std::runtime_error(format("%s[%zu] is %g and the one before it %g: a loss must not grow with the keep ratio",
+                    loss_name, i, loss[i], loss[i - 1]));
+        }
+
+        if (ratios[i % ratios.size()] >= 1.0f && loss[i] != 0.0f) {
+            throw std::runtime_error(format("%s[%zu] is %g: the loss at a keep ratio of 1 is 0", loss_name, i, loss[i]));
+        }
+    }
 }
 
-std::vector<uint32_t> llama_kv_alloc(const std::string & rule, const llama_kv_alloc_params & params) {
-    if (params.n_layers == 0 || params.n_ctx == 0 || params.n_align == 0) {
+//
+// rules
+//
+
+static llama_kv_alloc_ptr llama_kv_alloc_init(const std::string & rule, const llama_kv_alloc_params & params) {
+    if (rule == "proportional") { return llama_kv_alloc_init_proportional(params); }
+    if (rule == "optimal")      { return llama_kv_alloc_init_optimal     (params); }
+
+    return llama_kv_alloc_init_uniform(params);
+}
+
+void llama_kv_alloc_check_rule(const std::string & rule) {
+    if (rule != "uniform" && rule != "proportional" && rule != "optimal") {
+        throw std::runtime_error(format("unknown KV allocation rule '%s': use one of uniform, proportional, optimal", rule.c_str()));
+    }
+}
+
+const char * llama_kv_alloc_default_rule() {
+    return "optimal";
+}
+
+//
+// steps
+//
+
+// the van der Corput sequence: neighbours are far apart, so that steps among equal layers spread over the depth of the model
+static uint32_t llama_kv_alloc_scatter(uint32_t i) {
+    uint32_t res = 0;
+    for (uint32_t bit = 0; bit < 32; ++bit) {
+        res |= ((i >> bit) & 1) << (31 - bit);
+    }
+
+    return res;
+}
+
+struct llama_kv_alloc_step {
+    uint32_t il;
+    uint32_t n; // cells after the step
+    double   gain;
+
+    // the largest gain first, among equals the layer with the fewest cells
+    bool operator<(const llama_kv_alloc_step & other) const {
+        if (gain != other.gain) {
+            return gain < other.gain;
+        }
+        if (n != other.n) {
+            return n > other.n;
+        }
+        return llama_kv_alloc_scatter(il) > llama_kv_alloc_scatter(other.il);
+    }
+};
+
+std::vector<uint32_t> llama_kv_alloc(const std::string & rule_name, const llama_kv_alloc_params & params) {
+    const uint32_t n_ctx    = params.n_ctx;
+    const uint32_t n_layers = params.n_layers;
+
+    llama_kv_alloc_check_rule(rule_name);
+
+    if (n_layers == 0 || n_ctx == 0 || params.n_align == 0) {
         throw std::runtime_error("cannot share out a KV budget over zero layers or zero cells");
     }
 
@@ -27,63 +106,67 @@ std::vector<uint32_t> llama_kv_alloc(const std::string & rule, const llama_kv_al
         throw std::runtime_error(format("KV budget %g is out of range: it must be above 0 and at most 1", params.budget));
     }
 
-    std::vector<double> want;
-
-    if (rule == "uniform") {
-        want = llama_kv_alloc_uniform(params);
-    } else {
-        throw std::runtime_error(format("unknown KV allocation rule '%s': use uniform", rule.c_str()));
+    if (!params.curves.empty()) {
+        params.curves.check(n_layers, "keep_ratios", "sensitivity");
+    } else if (rule_name != "uniform") {
+        throw std::runtime_error(format("KV allocation rule '%s' needs the sensitivity of every layer: calibrate the model or use uniform", rule_name.c_str()));
     }
 
-    std::vector<uint32_t> cells(params.n_layers);
+    const auto bytes = [&](uint32_t il) {
+        return params.cell_bytes.empty() ? 1 : params.cell_bytes[il];
+    };
+
+    const auto rule = llama_kv_alloc_init(rule_name, params);
+
+    const uint32_t n_align = params.n_align;
+    const uint32_t n_floor = std::min<uint64_t>(((uint64_t) params.n_floor + n_align - 1)/n_align*n_align, n_ctx);
+
+    std::vector<uint32_t> cells(n_layers, n_floor);
 
     double total = 0.0;
     double used  = 0.0;
 
-    for (uint32_t i = 0; i < params.n_layers; ++i) {
-        cells[i] = llama_kv_alloc_align(want[i], params);
-
-        total += want[i];
-        used  += cells[i];
+    for (uint32_t il = 0; il < n_layers; ++il) {
+        total += (double) bytes(il)*n_ctx;
+        used  += (double) bytes(il)*n_floor;
     }
 
-    // hand out what rounding down left over, a step at a time, to the layers that lost the most
-    // the running remainder spreads the steps of equal layers evenly over the depth of the model
-    std::vector<uint32_t> order(params.n_layers);
-    {
-        double rem = 0.0;
+    // the budget arrives as a float: 0.6f*8192 must not lose a whole step to rounding
+    const double limit = (params.budget + 1e-7)*total;
 
-        std::vector<double> key(params.n_layers);
-        for (uint32_t i = 0; i < params.n_layers; ++i) {
-            const double lost = want[i] - cells[i];
+    if (used > limit) {
+        throw std::runtime_error(format("layer capacity %u is below the floor %u",
+                (uint32_t) (params.budget*n_ctx)/n_align*n_align, params.n_floor));
+    }
 
-            rem += lost;
-            key[i] = lost;
-            if (rem >= params.n_align) {
-                rem -= params.n_align;
-                key[i] += params.n_align;
-            }
+    std::priority_queue<llama_kv_alloc_step> steps;
 
-            order[i] = i;
+    const auto push = [&](uint32_t il) {
+        if (cells[il] < n_ctx) {
+            const uint32_t n = std::min<uint64_t>((uint64_t) cells[il] + n_align, n_ctx);
+            steps.push({ il, n, rule->gain(il, cells[il], n) });
+        }
+    };
+
+    for (uint32_t il = 0; il < n_layers; ++il) {
+        push(il);
+    }
+
+    while (!steps.empty()) {
+        const auto step = steps.top();
+        steps.pop();
+
+        const double cost = (double) bytes(step.il)*(step.n - cells[step.il]);
+
+        // not skipped in favour of one that fits: a larger budget would then take cells away again
+        if (used + cost > limit) {
+            break;
         }
 
-        std::stable_sort(order.begin(), order.end(), [&](uint32_t a, uint32_t b) {
-            return key[a] > key[b];
-        });
-    }
+        used += cost;
+        cells[step.il] = step.n;
 
-    for (const uint32_t i : order) {
-        const uint32_t next = std::min(cells[i] + params.n_align, params.n_ctx);
-
-        if (used + (next - cells[i]) <= total + 1e-7*params.n_ctx*params.n_layers) {
-            used += next - cells[i];
-            cells[i] = next;
-        }
-    }
-
-    const uint32_t n_min = *std::min_element(cells.begin(), cells.end());
-    if (n_min < params.n_floor) {
-        throw std::runtime_error(format("layer capacity %u is below the floor %u", n_min, params.n_floor));
+        push(step.il);
     }
 
     return cells;

@@ -93,7 +93,127 @@ static bool llama_kv_depth_get_str(const llama_model_loader & ml, const char * k
     return true;
 }
 
-static void llama_kv_depth_params_load(const llama_model_loader & ml, llama_kv_depth_params & params) {
+// arrays cannot be overridden
+static const void * llama_kv_depth_get_arr(const llama_model_loader & ml, const char * key, gguf_type type, size_t & n) {
+    const int64_t id = gguf_find_key(ml.metadata, key);
+    if (id < 0) {
+        throw std::runtime_error(format("key '%s' is missing: the other keys of a calibration are there", key));
+    }
+
+    if (gguf_get_kv_type(ml.metadata, id) != GGUF_TYPE_ARRAY || gguf_get_arr_type(ml.metadata, id) != type) {
+        throw std::runtime_error(format("key '%s' must be an array of type %s", key, gguf_type_name(type)));
+    }
+
+    n = gguf_get_arr_n(ml.metadata, id);
+
+    // gguf keeps nothing for an empty array
+    return n == 0 ? nullptr : gguf_get_arr_data(ml.metadata, id);
+}
+
+static std::vector<float> llama_kv_depth_get_arr_f32(const llama_model_loader & ml, const char * key) {
+    size_t n = 0;
+    const auto * data = (const float *) llama_kv_depth_get_arr(ml, key, GGUF_TYPE_FLOAT32, n);
+
+    return std::vector<float>(data, data + n);
+}
+
+static std::vector<int32_t> llama_kv_depth_get_arr_i32(const llama_model_loader & ml, const char * key) {
+    size_t n = 0;
+    const auto * data = (const int32_t *) llama_kv_depth_get_arr(ml, key, GGUF_TYPE_INT32, n);
+
+    return std::vector<int32_t>(data, data + n);
+}
+
+// all of the keys or none: a file with half a calibration is broken, not uniform
+static void llama_kv_depth_curves_load(llama_model_loader & ml, llama_kv_depth_params & params) {
+    const char * key_layers = "depthkv.layer_ids";
+    const char * key_ratios = "depthkv.keep_ratios";
+    const char * key_loss   = "depthkv.sensitivity";
+    const char * key_se     = "depthkv.sensitivity_se";
+
+    bool found = false;
+    for (const char * key : { key_layers, key_ratios, key_loss, key_se }) {
+        found = found || gguf_find_key(ml.metadata, key) >= 0;
+    }
+    if (!found) {
+        return;
+    }
+
+    const auto layers = llama_kv_depth_get_arr_i32(ml, key_layers);
+    const auto ratios = llama_kv_depth_get_arr_f32(ml, key_ratios);
+    const auto loss   = llama_kv_depth_get_arr_f32(ml, key_loss);
+
+    if (layers.empty()) {
+        throw std::runtime_error(format("key '%s' is empty: it must name at least one layer", key_layers));
+    }
+
+    uint32_t n_layer = 0;
+    ml.get_key(LLM_KV_BLOCK_COUNT, n_layer);
+
+    for (size_t i = 0; i < layers.size(); ++i) {
+        if (layers[i] < 0 || layers[i] >= (int32_t) n_layer) {
+            throw std::runtime_error(format("key '%s' names layer %d: the model has %u", key_layers, layers[i], n_layer));
+        }
+        if (i > 0 && layers[i] <= layers[i - 1]) {
+            throw std::runtime_error(format("key '%s' names layer %d after layer %d: layers must ascend", key_layers, layers[i], layers[i - 1]));
+        }
+    }
+
+    params.curves.ratios = ratios;
+    params.curves.loss   = loss;
+    params.curves.check(layers.size(), "key 'depthkv.keep_ratios'", "key 'depthkv.sensitivity'");
+
+    if (gguf_find_key(ml.metadata, key_se) >= 0) {
+        const auto se = llama_kv_depth_get_arr_f32(ml, key_se);
+
+        if (se.size() != loss.size()) {
+            throw std::runtime_error(format("key '%s' has %zu values, '%s' has %zu", key_se, se.size(), key_loss, loss.size()));
+        }
+        for (size_t i = 0; i < se.size(); ++i) {
+            if (!std::isfinite(se[i]) || se[i] < 0.0f) {
+                throw std::runtime_error(format("key '%s'[%zu] is %g: a standard error must be finite and not negative", key_se, i, se[i]));
+            }
+        }
+    }
+
+    params.curve_layers = layers;
+    params.curve_scorer = params.scorer;
+}
+
+// the curves in the order of the layers that grow with the context
+static llama_kv_curves llama_kv_depth_curves_select(const llama_kv_depth_params & params, const std::vector<int32_t> & ids) {
+    llama_kv_curves res;
+
+    if (params.curves.empty()) {
+        return res;
+    }
+
+    const size_t n_ratios = params.curves.ratios.size();
+
+    res.ratios = params.curves.ratios;
+
+    for (const int32_t il : ids) {
+        const auto it = std::lower_bound(params.curve_layers.begin(), params.curve_layers.end(), il);
+        if (it == params.curve_layers.end() || *it != il) {
+            throw std::runtime_error(format("key 'depthkv.layer_ids' lacks layer %d, whose KV cells grow with the context: calibrate the model again", il));
+        }
+
+        const auto row = params.curves.loss.begin() + (it - params.curve_layers.begin())*n_ratios;
+        res.loss.insert(res.loss.end(), row, row + n_ratios);
+    }
+
+    if (params.curve_layers.size() != ids.size()) {
+        for (const int32_t il : params.curve_layers) {
+            if (!std::binary_search(ids.begin(), ids.end(), il)) {
+                throw std::runtime_error(format("key 'depthkv.layer_ids' names layer %d, whose KV cells do not grow with the context: calibrate the model again", il));
+            }
+        }
+    }
+
+    return res;
+}
+
+static void llama_kv_depth_params_load(llama_model_loader & ml, llama_kv_depth_params & params) {
     uint32_t version = 1;
     llama_kv_depth_get_u32(ml, "depthkv.version", version);
     if (version != 1) {
@@ -104,14 +224,25 @@ static void llama_kv_depth_params_load(const llama_model_loader & ml, llama_kv_d
         throw std::runtime_error(format("key 'depthkv.budget' is %g: it must be above 0 and at most 1", params.budget));
     }
 
+    // the curves were measured with the scorer of the file, an override does not change that
+    {
+        const int64_t id = gguf_find_key(ml.metadata, "depthkv.scorer");
+        if (id >= 0 && gguf_get_kv_type(ml.metadata, id) == GGUF_TYPE_STRING) {
+            params.scorer = gguf_get_val_str(ml.metadata, id);
+        }
+    }
+
+    llama_kv_depth_curves_load(ml, params);
+
     llama_kv_depth_get_str(ml, "depthkv.scorer",        params.scorer);
+    llama_kv_depth_get_str(ml, "depthkv.rule",          params.rule);
     llama_kv_depth_get_u32(ml, "depthkv.sink_tokens",   params.n_sink);
     llama_kv_depth_get_u32(ml, "depthkv.recent_tokens", params.n_recent);
 
     params.check();
 }
 
-void llama_kv_depth_params::load(const llama_model_loader & ml) {
+void llama_kv_depth_params::load(llama_model_loader & ml) {
     try {
         llama_kv_depth_params_load(ml, *this);
     } catch (const std::exception & err) {
@@ -123,6 +254,10 @@ void llama_kv_depth_params::load(const llama_model_loader & ml) {
 void llama_kv_depth_params::check() const {
     if (!(budget >= 0.0f && budget <= 1.0f)) {
         throw std::runtime_error(format("KV budget %g is out of range: it must be above 0 and at most 1", budget));
+    }
+
+    if (!rule.empty()) {
+        llama_kv_alloc_check_rule(rule);
     }
 
     if (!llama_kv_score_init(scorer)) {
@@ -349,13 +484,38 @@ llama_kv_depth_plan llama_kv_depth_plan_init(
     aparams.n_layers = n_layers;
     aparams.n_ctx    = n_cells_full;
     aparams.budget   = params.budget > 0.0f ? params.budget : 1.0f;
-    aparams.n_floor  = 0; // checked below, together with an explicit plan
+    aparams.n_floor  = n_floor;
+    aparams.curves   = llama_kv_depth_curves_select(params, ids);
 
     // fast attention kernels of GPU backends want multiples of 256, but not at the price of a fifth of a small cache
     const bool on_gpu = cparams.offload_kqv && ggml_backend_dev_type(model.dev_layer(ids[0])) != GGML_BACKEND_DEVICE_TYPE_CPU;
     aparams.n_align = on_gpu && aparams.budget*aparams.n_ctx >= 2048 ? 256 : 32;
 
-    auto cells = llama_kv_alloc(params.rule, aparams);
+    for (const int32_t il : ids) {
+        aparams.cell_bytes.push_back(
+                llama_kv_depth_row_size_k(model, il, cparams_user.type_k) + llama_kv_depth_row_size_v(model, il, cparams_user.type_v));
+    }
+
+    if (res.params.rule.empty()) {
+        res.params.rule = aparams.curves.empty() ? "uniform" : llama_kv_alloc_default_rule();
+    }
+
+    const auto check_floor = [&](uint32_t n_cells) {
+        if (n_cells < n_floor) {
+            throw std::runtime_error(format("layer capacity %u is below the floor %u (%u sinks + %u recent + %u ubatch): raise --kv-budget or lower --ubatch",
+                    n_cells, n_floor, params.n_sink, params.n_recent, n_ubatch_min));
+        }
+    };
+
+    check_floor((uint32_t) ((aparams.budget + 1e-7)*n_cells_full)/32*32);
+
+    auto cells = llama_kv_alloc(res.params.rule, aparams);
+
+    // the curves measured with one scorer say little about another
+    if (!aparams.curves.empty() && params.scorer != params.curve_scorer) {
+        LLAMA_LOG_WARN("%s: the layers were calibrated with scorer '%s', not '%s': expect less of the allocation\n", __func__,
+                params.curve_scorer.c_str(), params.scorer.c_str());
+    }
 
     for (size_t i = 0; i < n_layers; ++i) {
         if (!params.cells.empty() && params.cells[i] > 0) {
@@ -376,10 +536,7 @@ llama_kv_depth_plan llama_kv_depth_plan_init(
 
     const uint32_t n_cells_min = *std::min_element(cells.begin(), cells.end());
 
-    if (n_cells_min < n_floor) {
-        throw std::runtime_error(format("layer capacity %u is below the floor %u (%u sinks + %u recent + %u ubatch): raise --kv-budget or lower --ubatch",
-                n_cells_min, n_floor, params.n_sink, params.n_recent, n_ubatch_min));
-    }
+    check_floor(n_cells_min); // of an explicit plan
 
     // nothing is ever evicted from a full layer
     res.n_ubatch = n_cells_min >= cparams.n_ctx_seq ? cparams.n_ubatch : llama_kv_depth_n_ubatch(n_cells_min, n_safe, cparams.n_ubatch);

@@ -1,6 +1,7 @@
 #pragma once
 
 #include "llama.h"
+#include "llama-kv-alloc.h"
 
 #include <cstdint>
 #include <string>
@@ -16,7 +17,9 @@ struct llama_kv_depth_params {
     float budget = 0.0f;
 
     std::string scorer = "attention";
-    std::string rule   = "uniform";
+
+    // allocation rule, empty: the default one if there are curves, else uniform
+    std::string rule;
 
     // tokens never evicted at the front and at the end
     uint32_t n_sink   = 4;
@@ -27,13 +30,18 @@ struct llama_kv_depth_params {
     std::vector<ggml_type> type_k;
     std::vector<ggml_type> type_v;
 
+    // what calibration measured, for the layers in curve_layers, by index in the model
+    llama_kv_curves      curves;
+    std::vector<int32_t> curve_layers;
+    std::string          curve_scorer;
+
     // the stock cache serves a full budget
     bool enabled() const {
         return (budget > 0.0f && budget < 1.0f) || !cells.empty() || !type_k.empty() || !type_v.empty();
     }
 
     // the keys `depthkv.*`, file and key-value overrides; throws one line that names the key
-    void load(const llama_model_loader & ml);
+    void load(llama_model_loader & ml);
 
     // throws one line that names the value
     void check() const;

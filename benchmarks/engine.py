@@ -21,8 +21,9 @@ import click
 
 import depthkv_edge._library as library
 from benchmarks.f32 import write_f32
-from benchmarks.kl import Setting, compare, load_model, tokenize
+from benchmarks.kl import Setting, compare, first_tokens, load_model
 from benchmarks.worker import Worker
+from depthkv_edge import _native
 from depthkv_edge.models import resolve_model
 
 N_CTX = 8192
@@ -208,11 +209,11 @@ def quality(model: Path, texts: dict[str, str], n_threads: int) -> Iterator[Row]
     settings = {f"attention {budget}": Setting(budget) for budget in (0.6, 0.4, 0.2)}
     for scorer in ("streaming", "window", "random"):
         settings |= {f"{scorer} {budget}": Setting(budget, scorer) for budget in (0.4, 0.2)}
-    settings["nothing evicted"] = Setting(cells=4096)
     with load_model(model) as loaded:
+        settings["nothing evicted"] = Setting(cells=(4096,) * _native.llama_depthkv_layer_count(loaded))
         for title, text in texts.items():
             say(f"quality: {title}")
-            tokens = tokenize(loaded, text, 4096)
+            tokens = first_tokens(loaded, text, 4096)
             for name, agreement in compare(loaded, tokens, settings, n_threads=n_threads, n_scored=2048).items():
                 yield {"figure": f"quality on {title}: {name}", **agreement.to_dict()}
 

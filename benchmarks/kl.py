@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -38,11 +38,18 @@ class Agreement:
 
 @dataclass(frozen=True)
 class Setting:
-    """A context to compare: a budget and a scorer, or explicit cells of every layer."""
+    """A context to compare: a budget, a scorer and an allocation rule, or explicit cells of every layer.
+
+    Attributes:
+        budget: fraction of the full cache; 0 for the model's own, or none.
+        rule: None for the model's own.
+        cells: of each KV layer that grows with the context.
+    """
 
     budget: float = 0.0
     scorer: str = "attention"
-    cells: int | None = None
+    rule: str | None = None
+    cells: tuple[int, ...] | None = None
 
 
 @contextlib.contextmanager
@@ -60,39 +67,63 @@ def load_model(path: Path) -> Iterator[int]:
         _api.llama_model_free(model)
 
 
-def tokenize(model: int, text: str, n: int) -> list[int]:
-    """The first n tokens of a text."""
-    data = text.encode()[: 12 * n]
+def tokenize(model: int, text: str, *, add_bos: bool = False) -> list[int]:
+    """All tokens of a text."""
+    data = text.encode()
     tokens = (ctypes.c_int32 * (len(data) + 8))()
-    found = _api.llama_tokenize(_api.llama_model_get_vocab(model), data, len(data), tokens, len(tokens), True, False)
-    if found < n:
-        raise ValueError(f"the text has {found} tokens, {n} are needed: give a longer one")
+    n = _api.llama_tokenize(_api.llama_model_get_vocab(model), data, len(data), tokens, len(tokens), add_bos, False)
     return list(tokens[:n])
 
 
+def first_tokens(model: int, text: str, n: int) -> list[int]:
+    """The first n tokens of a text.
+
+    Raises:
+        ValueError: the text has fewer.
+    """
+    tokens = tokenize(model, text[: 12 * n], add_bos=True)
+    if len(tokens) < n:
+        raise ValueError(f"the text has {len(tokens)} tokens, {n} are needed: give a longer one")
+    return tokens[:n]
+
+
 def compare(
-    model: int, tokens: list[int], settings: dict[str, Setting], *, n_threads: int, n_scored: int, chunk: int = 256
+    model: int,
+    tokens: list[int],
+    settings: dict[str, Setting],
+    *,
+    n_threads: int,
+    n_scored: int,
+    chunk: int = 256,
+    on_chunk: Callable[[], None] = lambda: None,
 ) -> dict[str, Agreement]:
-    """Agreement with the full cache over the last `n_scored` of the tokens."""
+    """Agreement with the full cache over the last `n_scored` of the tokens.
+
+    Args:
+        n_scored: a multiple of chunk.
+        chunk: tokens decoded by each context in turn.
+        on_chunk: called when every context has decoded a chunk.
+    """
     n_ctx = len(tokens)
-    n_vocab = _api.llama_vocab_n_tokens(_api.llama_model_get_vocab(model))
     with contextlib.ExitStack() as stack, _log.capture_errors(False):
-        reference = _open(stack, model, n_ctx, Setting(), n_threads)
-        contexts = {name: _open(stack, model, n_ctx, setting, n_threads) for name, setting in settings.items()}
+        reference = open_context(stack, model, n_ctx, Setting(cells=None), n_threads)
+        contexts = {name: open_context(stack, model, n_ctx, setting, n_threads) for name, setting in settings.items()}
         result = {name: Agreement() for name in settings}
         for at in range(0, n_ctx, chunk):
             part = tokens[at : at + chunk]
             scored = at >= n_ctx - n_scored
-            p = _decode(reference, part, at, n_vocab, scored)
+            p = decode(reference, part, at, scored)
             for name, context in contexts.items():
-                q = _decode(context, part, at, n_vocab, scored)
+                q = decode(context, part, at, scored)
                 if p is not None and q is not None:
                     result[name].kl += (np.exp(p) * (p - q)).sum(axis=1).tolist()
                     result[name].top1 += (p.argmax(axis=1) == q.argmax(axis=1)).tolist()
+            on_chunk()
     return result
 
 
-def _open(stack: contextlib.ExitStack, model: int, n_ctx: int, setting: Setting, n_threads: int) -> int:
+def open_context(stack: contextlib.ExitStack, model: int, n_ctx: int, setting: Setting, n_threads: int) -> int:
+    """A llama_context that the stack frees, without flash attention. The full cache if the setting says nothing."""
     params = _api.llama_context_default_params()
     params.n_ctx = n_ctx
     params.n_batch = params.n_ubatch = 512
@@ -101,9 +132,10 @@ def _open(stack: contextlib.ExitStack, model: int, n_ctx: int, setting: Setting,
     depth = _native.llama_depthkv_default_params()
     depth.budget = setting.budget
     depth.scorer = setting.scorer.encode()
+    depth.rule = setting.rule.encode() if setting.rule else None
     if setting.cells is not None:
-        depth.n_layers = _native.llama_depthkv_layer_count(model)
-        cells = (ctypes.c_uint32 * depth.n_layers)(*[setting.cells] * depth.n_layers)
+        depth.n_layers = len(setting.cells)
+        cells = (ctypes.c_uint32 * depth.n_layers)(*setting.cells)
         depth.cells = ctypes.cast(cells, ctypes.POINTER(ctypes.c_uint32))
     context = _native.llama_depthkv_init_from_model(model, params, depth)
     if not context:
@@ -112,8 +144,9 @@ def _open(stack: contextlib.ExitStack, model: int, n_ctx: int, setting: Setting,
     return context
 
 
-def _decode(context: int, tokens: list[int], at: int, n_vocab: int, scored: bool) -> np.ndarray | None:
-    """Log-probabilities [n, n_vocab] of the token after each, if they are scored."""
+def decode(context: int, tokens: list[int], at: int, scored: bool) -> np.ndarray | None:
+    """Decode tokens from position `at`; log-probabilities [n, n_vocab] of the token after each, if they are scored."""
+    n_vocab = _api.llama_vocab_n_tokens(_api.llama_model_get_vocab(_api.llama_get_model(context)))
     batch = _api.llama_batch_init(len(tokens), 0, 1)
     batch.n_tokens = len(tokens)
     for i, token in enumerate(tokens):

@@ -5,6 +5,9 @@ from __future__ import annotations
 import ctypes
 from typing import Any
 
+import numpy as np
+from numpy.typing import ArrayLike
+
 from depthkv_edge import _library
 from depthkv_edge.errors import DepthKVError
 
@@ -12,12 +15,14 @@ llama_cpp = _library.import_bindings()
 _api = llama_cpp.llama_cpp  # the module that mirrors llama.h, and owns the library handle
 
 SCORERS = ("attention", "window", "streaming", "random")
+RULES = ("uniform", "proportional", "optimal")
 
 
 class llama_depthkv_params(ctypes.Structure):
     _fields_ = [
         ("budget", ctypes.c_float),
         ("scorer", ctypes.c_char_p),
+        ("rule", ctypes.c_char_p),
         ("n_sink", ctypes.c_int32),
         ("n_recent", ctypes.c_int32),
         ("n_layers", ctypes.c_size_t),
@@ -50,6 +55,7 @@ class llama_depthkv_stats(ctypes.Structure):
         ("t_evict_us", ctypes.c_int64),
         ("scorer", ctypes.c_char * 32),
         ("rule", ctypes.c_char * 32),
+        ("calibrated", ctypes.c_char * 32),
     ]
 
 
@@ -61,6 +67,10 @@ class llama_depthkv_alloc_params(ctypes.Structure):
         ("budget", ctypes.c_double),
         ("n_floor", ctypes.c_uint32),
         ("n_align", ctypes.c_uint32),
+        ("n_ratios", ctypes.c_uint32),
+        ("keep_ratios", ctypes.POINTER(ctypes.c_float)),
+        ("sensitivity", ctypes.POINTER(ctypes.c_float)),
+        ("cell_bytes", ctypes.POINTER(ctypes.c_uint64)),
     ]
 
 
@@ -125,15 +135,49 @@ def last_error() -> str:
 
 
 def alloc(
-    budget: float, n_layers: int, n_ctx: int, *, n_floor: int = 1, n_align: int = 1, rule: str = "uniform"
+    budget: float,
+    n_layers: int,
+    n_ctx: int,
+    *,
+    rule: str | None = None,
+    keep_ratios: ArrayLike | None = None,
+    sensitivity: ArrayLike | None = None,
+    n_floor: int = 1,
+    n_align: int = 1,
 ) -> list[int]:
     """Cells of each layer for a budget: `n_layers` values whose sum never exceeds `budget * n_layers * n_ctx`.
 
+    Args:
+        budget: fraction of the full cache, in (0, 1].
+        rule: one of RULES. None: `optimal` if there are curves, else `uniform`.
+        keep_ratios: [R] ascending, in (0, 1].
+        sensitivity: [n_layers, R] nats per token, not increasing with the keep ratio.
+        n_floor: least cells of a layer.
+        n_align: granularity of a layer, in cells.
+
     Raises:
-        DepthKVError: the budget is out of range or below the floor.
+        DepthKVError: the budget is out of range or below the floor, or the rule is unknown or needs curves that are
+            missing or nonsense.
     """
     cells = (ctypes.c_uint32 * n_layers)()
-    params = llama_depthkv_alloc_params(rule.encode(), n_layers, n_ctx, budget, n_floor, n_align)
+    params = llama_depthkv_alloc_params(
+        rule=rule.encode() if rule else None,
+        n_layers=n_layers,
+        n_ctx=n_ctx,
+        budget=budget,
+        n_floor=n_floor,
+        n_align=n_align,
+    )
+    if keep_ratios is not None and sensitivity is not None:
+        ratios = np.ascontiguousarray(keep_ratios, np.float32)
+        curves = np.ascontiguousarray(sensitivity, np.float32)
+        if curves.shape != (n_layers, ratios.size):
+            raise DepthKVError(
+                f"sensitivity has shape {curves.shape}: {n_layers} layers and {ratios.size} keep ratios are needed"
+            )
+        params.n_ratios = ratios.size
+        params.keep_ratios = ratios.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
+        params.sensitivity = curves.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
     if not llama_depthkv_alloc(params, cells):
         raise DepthKVError(last_error())
     return list(cells)

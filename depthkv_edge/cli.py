@@ -12,6 +12,8 @@ import click
 
 from depthkv_edge import __version__
 from depthkv_edge.budget import FORMS, parse_budget
+from depthkv_edge.cli_calibrate import calibrate
+from depthkv_edge.cli_inspect import inspect
 from depthkv_edge.errors import DepthKVError
 from depthkv_edge.models import resolve_model
 
@@ -25,6 +27,10 @@ def cli() -> None:
     """Run a GGUF model in a KV cache that is smaller than its context."""
 
 
+cli.add_command(calibrate)
+cli.add_command(inspect)
+
+
 @cli.command()
 @click.argument("model")
 @click.option("--kv-budget", metavar="BUDGET", help=f"KV cache: {FORMS}. Default: the model's own, or all of it.")
@@ -34,6 +40,7 @@ def cli() -> None:
 @click.option("-n", "--predict", type=int, default=256, show_default=True, metavar="N", help="Most tokens to decode.")
 @click.option("--system", default="", metavar="TEXT", help="System prompt. It is pinned: never evicted.")
 @click.option("--scorer", metavar="NAME", help="Token-scoring rule: attention, window, streaming or random.")
+@click.option("--rule", metavar="NAME", help="Allocation rule: uniform, proportional or optimal. Default: the model's.")
 @click.option("--ubatch", type=int, default=512, show_default=True, metavar="N", help="Most tokens to compute at once.")
 @click.option("--threads", type=int, metavar="N", help="CPU threads. Default: the physical cores.")
 @click.option("--type-k", type=click.Choice(list(KV_TYPES)), default="f16", show_default=True, help="Type of K.")
@@ -51,6 +58,7 @@ def run(
     predict: int,
     system: str,
     scorer: str | None,
+    rule: str | None,
     ubatch: int,
     threads: int | None,
     type_k: str,
@@ -87,6 +95,7 @@ def run(
         path,
         kv_budget=budget,
         scorer=scorer,
+        rule=rule,
         n_ctx=ctx or 0,
         n_ubatch=ubatch,
         n_threads=n_threads,

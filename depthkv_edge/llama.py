@@ -21,6 +21,7 @@ _api = llama_cpp.llama_cpp
 
 KEY_BUDGET = "depthkv.budget"
 KEY_SCORER = "depthkv.scorer"
+KEY_RULE = "depthkv.rule"
 KEY_SINK = "depthkv.sink_tokens"
 KEY_RECENT = "depthkv.recent_tokens"
 
@@ -40,6 +41,7 @@ class Llama(llama_cpp.Llama):
         kv_budget: a fraction of the full cache in (0, 1], `"60%"`, `"96MiB"`, `"4096t"` (tokens per layer on average)
             or `"auto"` (the largest that fits free memory). None: the model's own budget, or the full cache.
         scorer: token-scoring rule: `attention`, `window`, `streaming` or `random`. None: the model's, or attention.
+        rule: allocation rule: `uniform`, `proportional` or `optimal`. None: the model's, or optimal if calibrated.
         n_sink: tokens never evicted at the front of a sequence. None: the model's, or 4.
         n_recent: tokens never evicted at the end of a sequence. None: the model's, or 32.
         flash_attn: None lets the engine pick the fastest when there is a budget, and is off without one.
@@ -56,6 +58,7 @@ class Llama(llama_cpp.Llama):
         *,
         kv_budget: Budget | float | str | None = None,
         scorer: str | None = None,
+        rule: str | None = None,
         n_sink: int | None = None,
         n_recent: int | None = None,
         flash_attn: bool | None = None,
@@ -69,15 +72,15 @@ class Llama(llama_cpp.Llama):
         self._budget = 1.0
 
         budget = None if kv_budget is None else parse_budget(kv_budget)
-        _check_options(scorer, n_sink, n_recent, kwargs.get("n_ctx", 512))
+        _check_options(scorer, rule, n_sink, n_recent, kwargs.get("n_ctx", 512))
         check_gguf(Path(model_path))
         _native.clear_error()
         with _log.capture_errors(verbose) as lines:
             try:
                 overrides = dict(kv_overrides or {})
                 if budget is not None:
-                    overrides[KEY_BUDGET] = _resolve(budget, os.fspath(model_path), kwargs)
-                given = {KEY_SCORER: scorer, KEY_SINK: n_sink, KEY_RECENT: n_recent}
+                    overrides[KEY_BUDGET] = resolve_budget(budget, os.fspath(model_path), kwargs)
+                given = {KEY_SCORER: scorer, KEY_RULE: rule, KEY_SINK: n_sink, KEY_RECENT: n_recent}
                 overrides |= {key: value for key, value in given.items() if value is not None}
                 super().__init__(
                     os.fspath(model_path),
@@ -145,23 +148,35 @@ class Llama(llama_cpp.Llama):
         return super().__getstate__() | {"flash_attn": self._flash_attn, "swa_full": self._swa_full}
 
 
-def _check_options(scorer: str | None, n_sink: int | None, n_recent: int | None, n_ctx: int) -> None:
+def _check_options(
+    scorer: str | None, rule: str | None, n_sink: int | None, n_recent: int | None, n_ctx: int
+) -> None:
     if scorer is not None and scorer not in _native.SCORERS:
         raise DepthKVError(f"scorer {scorer!r} is not known: give one of {', '.join(_native.SCORERS)}")
+    if rule is not None and rule not in _native.RULES:
+        raise DepthKVError(f"allocation rule {rule!r} is not known: give one of {', '.join(_native.RULES)}")
     for name, value in (("n_sink", n_sink), ("n_recent", n_recent), ("n_ctx", n_ctx)):
         if value is not None and value < 0:
             raise DepthKVError(f"{name} {value} is negative: give 0 or more")
 
 
-def _resolve(budget: Budget, model_path: str, kwargs: Mapping[str, Any]) -> float:
+def resolve_budget(budget: Budget, model_path: str, kwargs: Mapping[str, Any]) -> float:
+    """Fraction of the full cache that a budget is for this model.
+
+    Args:
+        kwargs: arguments of `Llama` that the size of the cache depends on.
+
+    Raises:
+        DepthKVError: it is less than the engine can hold, or the model cannot be had.
+    """
     if isinstance(budget, Fraction):
         return budget.value
-    with _without_weights(model_path) as model:
+    with load_without_weights(model_path) as model:
         return budget.resolve(_full_cache(model, kwargs))
 
 
 @contextlib.contextmanager
-def _without_weights(model_path: str) -> Iterator[Any]:
+def load_without_weights(model_path: str) -> Iterator[Any]:
     """A `llama_model` with its metadata and tensor shapes only: the key-value override must be known before loading."""
     params = _api.llama_model_default_params()
     params.no_alloc = True

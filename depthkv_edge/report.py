@@ -11,6 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from depthkv_edge.run import RunResult
+from depthkv_edge.stats import KVStats
 
 
 @contextlib.contextmanager
@@ -56,9 +57,20 @@ def summary_rows(result: RunResult) -> list[tuple[str, str]]:
         ("memory", f"{_mib(result.peak_rss_bytes)} at the peak of the process"),
         ("speed", f"prefill {_rate(result.timings.prefill_tps)}, decode {_rate(result.timings.decode_tps)}"),
     ]
-    if kv.active and kv.rule == "uniform":
-        rows.append(("layers", "all the same size: the model file carries no calibration"))
+    if kv.active:
+        rows.append(("layers", _layers(kv)))
     return rows
+
+
+def _layers(kv: KVStats) -> str:
+    if kv.rule == "uniform":
+        reason = "the allocation rule is uniform" if kv.calibrated else "the model file carries no calibration"
+        return f"all the same size: {reason}"
+    cells = [layer.cells for layer in kv.layers]
+    text = f"{min(cells)} to {max(cells)} cells by calibrated sensitivity ({kv.rule})"
+    if kv.calibrated != kv.scorer:
+        text += f"; calibrated with scorer {kv.calibrated}, not {kv.scorer}: expect less of it"
+    return text
 
 
 def _mib(n_bytes: int) -> str:

@@ -38,6 +38,7 @@ class KVStats:
         budget: share of the full cache, in (0, 1]; 1.0 for the full cache.
         scorer: token-scoring rule.
         rule: allocation rule.
+        calibrated: scorer that the model's layers were calibrated with; empty if they were not.
         bytes: K and V allocated, all layers and sequences.
         bytes_full: the same for the full cache.
         bytes_scorer: query samples and other eviction state.
@@ -52,6 +53,7 @@ class KVStats:
     budget: float
     scorer: str
     rule: str
+    calibrated: str
     bytes: int
     bytes_full: int
     bytes_scorer: int
@@ -80,6 +82,7 @@ def read_stats(ctx: Any, budget: float, seq_id: int = 0) -> KVStats:
         budget=budget if raw.active else 1.0,
         scorer=raw.scorer.decode(),
         rule=raw.rule.decode(),
+        calibrated=raw.calibrated.decode(),
         bytes=raw.bytes,
         bytes_full=raw.bytes_full,
         bytes_scorer=raw.bytes_scorer,

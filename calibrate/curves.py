@@ -1,0 +1,85 @@
+"""From measurements of windows to the curves that a model file carries."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.optimize import isotonic_regression
+from scipy.stats import spearmanr
+
+
+@dataclass(frozen=True, eq=False)
+class Curves:
+    """Sensitivity of each layer at each keep ratio.
+
+    Attributes:
+        sensitivity: float32 [L, R] mean over the windows, which count the same; nats per token, never rising with the
+            keep ratio.
+        sensitivity_se: float32 [L, R] standard error of that mean; 0 if there is one window.
+        stability: mean Spearman correlation of the layers' sensitivity between texts (between windows if there is one
+            text, NaN if there is one window): how far the order of the layers depends on what is read.
+    """
+
+    sensitivity: np.ndarray
+    sensitivity_se: np.ndarray
+    stability: float
+
+
+def build_curves(measured: np.ndarray, texts: Sequence[int]) -> Curves:
+    """Average the windows so that each counts the same.
+
+    A single window of repetitive text can lose fifty times what another does, and would be all that a plain mean of a
+    few windows says. So each window is divided by its mean over layers and ratios, and the average is scaled back by
+    the geometric mean of those. A window that loses nothing says nothing.
+
+    A mean of finite samples may rise with the keep ratio where the truth is flat. A curve that does is replaced by the
+    nearest one that does not (isotonic regression, scipy.optimize.isotonic_regression).
+
+    Args:
+        measured: [W, L, R] nats per token, keep ratios ascending.
+        texts: [W] index of the text each window comes from.
+    """
+    level = measured.mean(axis=(1, 2))
+    speaking = level > 0
+    if not speaking.any():
+        nothing = np.zeros(measured.shape[1:], np.float32)
+        return Curves(nothing, nothing, stability(measured, texts))
+    level = level[speaking]
+    scaled = measured[speaking] / level[:, None, None] * np.exp(np.log(level).mean())
+    mean = scaled.mean(axis=0)
+    n_windows = len(scaled)
+    error = scaled.std(axis=0, ddof=1) / np.sqrt(n_windows) if n_windows > 1 else np.zeros_like(mean)
+    falling = np.stack([isotonic_regression(curve, increasing=False).x for curve in np.maximum(mean, 0)])
+    return Curves(falling.astype(np.float32), error.astype(np.float32), stability(measured, texts))
+
+
+def stability(measured: np.ndarray, texts: Sequence[int]) -> float:
+    """Mean Spearman correlation over all pairs of texts, or of windows if there is only one text.
+
+    What is compared of two texts is the sensitivity of every layer at every keep ratio, ranked over the layers and
+    averaged over the ratios at which not all layers are equal.
+
+    Args:
+        measured: [W, L, R] nats per token.
+        texts: [W] index of the text each window comes from.
+    """
+    groups = [measured[np.asarray(texts) == text].mean(axis=0) for text in sorted(set(texts))]
+    if len(groups) < 2:
+        groups = list(measured)
+    found = [layer_correlation(groups[i], groups[j]) for i in range(len(groups)) for j in range(i + 1, len(groups))]
+    return float(np.nanmean(found)) if found and not np.isnan(found).all() else float("nan")
+
+
+def layer_correlation(a: np.ndarray, b: np.ndarray) -> float:
+    """Spearman correlation over the layers of two sets of curves [L, R], mean of the keep ratios; NaN if undefined."""
+    found = [
+        spearmanr(a[:, r], b[:, r]).statistic for r in range(a.shape[1]) if np.ptp(a[:, r]) > 0 and np.ptp(b[:, r]) > 0
+    ]
+    return float(np.mean(found)) if found else float("nan")
+
+
+def curve_correlation(a: np.ndarray, b: np.ndarray) -> float:
+    """Spearman correlation over all points of two sets of curves [L, R]; NaN if undefined."""
+    return float(spearmanr(a.ravel(), b.ravel()).statistic) if np.ptp(a) > 0 and np.ptp(b) > 0 else float("nan")

@@ -1,0 +1,88 @@
+"""The engine itself, with one layer pruned, holds what calibration says it holds."""
+
+from __future__ import annotations
+
+import ctypes
+
+import pytest
+import torch
+
+from benchmarks.f32 import write_f32
+from benchmarks.kl import load_model
+from calibrate.evict import n_ubatch
+from calibrate.load import find_source, quiet
+from calibrate.load import load_model as load_hf
+from calibrate.scorers import get_scorer
+from calibrate.target import inspect_model
+from calibrate.window import Plan, prefill, run_tail
+from depthkv_edge import _log, _native
+from depthkv_edge._native import llama_cpp
+
+_api = llama_cpp.llama_cpp
+_F32 = 0  # enum ggml_type
+
+N_TOKENS, N_TAIL = 512, 32
+
+
+@pytest.fixture(scope="module")
+def target():
+    torch.manual_seed(0)
+    with quiet():
+        return inspect_model(load_hf(find_source("smollm2"), "cpu", "float32"))
+
+
+@pytest.fixture(scope="module")
+def engine(smollm2, tmp_path_factory):
+    path = tmp_path_factory.mktemp("f32") / "smollm2-f32.gguf"
+    write_f32(smollm2, path)
+    with load_model(path) as model:
+        yield model
+    path.unlink()
+
+
+def held_by_engine(model: int, tokens: list[int], index: int, n_cells: int, scorer: str) -> set[int]:
+    """Positions in the cells of one layer after a text, all other layers full."""
+    n = len(tokens)
+    params = _api.llama_context_default_params()
+    params.n_ctx = params.n_batch = params.n_ubatch = n
+    params.n_threads = params.n_threads_batch = 2
+    params.type_k = params.type_v = _F32
+    params.flash_attn_type = _api.LLAMA_FLASH_ATTN_TYPE_DISABLED
+    n_layers = _native.llama_depthkv_layer_count(model)
+    cells = (ctypes.c_uint32 * n_layers)(*(n_cells if i == index else n for i in range(n_layers)))
+    depth = _native.llama_depthkv_default_params()
+    depth.scorer = scorer.encode()
+    depth.n_layers, depth.cells = n_layers, ctypes.cast(cells, ctypes.POINTER(ctypes.c_uint32))
+    with _log.capture_errors(False):
+        context = _native.llama_depthkv_init_from_model(model, params, depth)
+    assert context, _native.last_error()
+    try:
+        ids = (ctypes.c_int32 * n)(*tokens)  # the batch points into it
+        assert _api.llama_decode(context, _api.llama_batch_get_one(ids, n)) == 0
+        positions = (ctypes.c_int32 * n)()
+        found = _native.llama_depthkv_get_positions(context, index, 0, positions, n)
+        return set(positions[:found])
+    finally:
+        _api.llama_free(context)
+
+
+def held_by_simulation(target, tokens: list[int], index: int, n_cells: int, scorer: str) -> set[int]:
+    cells = [N_TOKENS] * len(target.layer_ids)
+    cells[index] = n_cells
+    window = run_tail(prefill(target, tokens, N_TAIL, get_scorer(scorer), [Plan(tuple(cells))]))
+    last = window.held[target.layer_ids[index]][0][-1]
+    assert n_ubatch(n_cells) == 32
+    return set(last.pos.tolist()) | set(range(last.start, N_TOKENS))
+
+
+@pytest.mark.parametrize(
+    ("index", "n_cells", "scorer"),
+    [(7, 224, "attention"), (20, 160, "attention"), (12, 160, "window")],
+)
+def test_same_cells_as_the_engine(target, engine, tokens, index, n_cells, scorer):
+    text = tokens[:N_TOKENS]
+    engine_held = held_by_engine(engine, text, index, n_cells, scorer)
+    simulated = held_by_simulation(target, text, index, n_cells, scorer)
+    assert len(engine_held) == len(simulated) <= n_cells
+    # all of them, on the machine where this was written; rounding may swap cells of nearly the same score
+    assert len(engine_held & simulated) / len(engine_held | simulated) > 0.95

@@ -58,8 +58,9 @@ def progress(title: str, total: int) -> Iterator[Callable[[], None]]:
 
 
 def calibrate(model: str, target: Path, method: str) -> Row:
-    """Run the command in a process of its own; seconds, and its peak memory beside the model's F32 weights."""
+    """Run the command in a process of its own: seconds of all of it and of the measuring, and its peak memory."""
     command = [sys.executable, "-m", "depthkv_edge", "calibrate", model, "-o", str(target), "--method", method]
+    command += ["--curves", str(target.with_suffix(".json"))]
     start = time.perf_counter()
     done = subprocess.run([*command, "--json"], check=True, stdout=subprocess.PIPE, text=True)
     seconds = time.perf_counter() - start
@@ -68,6 +69,7 @@ def calibrate(model: str, target: Path, method: str) -> Row:
     return {
         "figure": f"calibrate --method {method}",
         "seconds": seconds,
+        "measuring": facts["seconds"][method],
         "peak_mib": peak / 2**20,
         "stability": facts["stability"],
         "gain": facts["held_out"]["gain"],
@@ -87,8 +89,20 @@ def correlation(exact: Calibration, fast: Calibration) -> Row:
 # --- the engine's curves against torch's ----------------------------------------------------------------------------
 
 
-def ablation(model: Path, calibration: Calibration, windows: list[tuple[int, ...]], n_tail: int, n_threads: int) -> Row:
-    """Prune one layer at a time in the engine, through explicit cells, on the windows that were calibrated on."""
+def ablation(
+    model: Path,
+    calibration: Calibration,
+    measured: np.ndarray,
+    windows: list[tuple[int, ...]],
+    n_tail: int,
+    n_threads: int,
+) -> Row:
+    """Prune one layer at a time in the engine, through explicit cells, on windows that were calibrated on.
+
+    Args:
+        measured: [W, L, R] nats per token, by torch on the same windows.
+        n_tail: tokens at the end of a window that both score.
+    """
     ratio = min(calibration.keep_ratios, key=lambda r: abs(r - ABLATION_RATIO))
     n_layers = len(calibration.layer_ids)
     n_tokens, chunk = len(windows[0]), 128
@@ -103,7 +117,7 @@ def ablation(model: Path, calibration: Calibration, windows: list[tuple[int, ...
                 loaded, list(window), settings, n_threads=n_threads, n_scored=n_tail, chunk=chunk, on_chunk=advance
             )
             row[:] = [found[str(i)].to_dict()["kl"] for i in range(n_layers)]
-    torch_side = calibration.sensitivity[:, calibration.keep_ratios.index(ratio)]
+    torch_side = measured[: len(windows), :, calibration.keep_ratios.index(ratio)].mean(axis=0)
     return {
         "figure": f"engine against torch, each layer pruned alone to {ratio:.2g}: Spearman",
         "spearman": float(spearmanr(kl.mean(axis=0), torch_side).statistic),
@@ -141,7 +155,9 @@ def quality(
     with load_model(model) as loaded, progress("quality", len(texts) * n_windows * N_CTX // CHUNK) as advance:
         for i, text in enumerate(texts.values()):
             tokens = tokenize(loaded, text[: 16 * N_CTX * (n_windows + 1)])
-            gap = (len(tokens) - N_CTX) // max(1, n_windows - 1) if n_windows > 1 else 0
+            if len(tokens) < n_windows * N_CTX:
+                raise ValueError(f"a text has {len(tokens)} tokens, {n_windows} windows need {n_windows * N_CTX}")
+            gap = (len(tokens) - N_CTX) // max(1, n_windows - 1)
             for j in range(n_windows):
                 window = tokens[j * gap :][:N_CTX]
                 found = compare(
@@ -163,13 +179,17 @@ def quality_rows(texts: dict[str, str], kl: dict[str, np.ndarray], rules: tuple[
 
 
 def ratio_row(texts: dict[str, str], ours: np.ndarray, other: np.ndarray) -> Row:
-    """How many times less KL on each text, their geometric mean, and its 95 % interval over windows."""
+    """How many times less KL on each text and in the geometric mean of the texts.
+
+    Beside it the geometric mean over the single windows, with its 95 % interval (bootstrap over the windows).
+    """
     by_text = other.mean(axis=1) / ours.mean(axis=1)
     row = {title: float(x) for title, x in zip(texts, by_text, strict=True)}
     row["geometric_mean"] = float(np.exp(np.log(by_text).mean()))
     logs = np.log(other / ours).ravel()
     if logs.size > 2:
         interval = bootstrap((logs,), np.mean, rng=np.random.default_rng(0)).confidence_interval
+        row["by_window"] = float(np.exp(logs.mean()))
         row |= {"windows_low": float(np.exp(interval.low)), "windows_high": float(np.exp(interval.high))}
     return row
 
@@ -224,7 +244,7 @@ def main(
     threads: int,
     json_file: Path | None,
 ) -> None:
-    """Print every figure that calibration promises. Calibrated files that are in the directory are used again."""
+    """Print every figure that calibration promises. The other sections read what the section calibrate leaves."""
     directory.mkdir(parents=True, exist_ok=True)
     texts = held_out(directory, prose)
     rules = RULES if all_rules else RULES[:1]
@@ -251,6 +271,7 @@ def main(
         yield ablation(
             f32_model(),
             _calibration(files["exact"]),
+            np.array(json.loads(files["exact"].with_suffix(".json").read_text())["per_window"]),
             [window.tokens for window in read],
             settings.tail_tokens("exact"),
             threads,

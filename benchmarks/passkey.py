@@ -68,6 +68,8 @@ def passkey(
     question = tokenize(model, QUESTION)
     room = n_ctx - len(question) - len(tokenize(model, NEEDLE.format(key=keys[0]))) - 16
     filler = tokenize(model, haystack[: 12 * n_ctx])[:room]
+    if len(filler) < room:
+        raise ValueError(f"the haystack has {len(filler)} tokens, {room} are needed: give a longer one")
     depths = [round(room * (i + 0.5) / n_positions) for i in range(n_positions)]
     result = {name: Retrieval() for name in settings}
     for name, setting in settings.items():

@@ -22,12 +22,13 @@ def documentation() -> str:
     """Docstrings of numpy: reference documentation that is not part of the Python language's."""
     import numpy
 
-    parts = []
+    parts, seen = [], set()
     for module in (numpy, numpy.linalg, numpy.fft, numpy.random, numpy.ma, numpy.polynomial):
         for name in sorted(dir(module)):
             member = getattr(module, name)
             text = None if name.startswith("_") or isinstance(member, ModuleType) else inspect.getdoc(member)
-            if text and text not in parts:
+            if text and text not in seen:
+                seen.add(text)
                 parts.append(f"{module.__name__}.{name}\n\n{text}")
     return "\n\n".join(parts)
 

@@ -6,6 +6,7 @@ import hashlib
 import json
 import platform
 import random
+import re
 import sysconfig
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -82,7 +83,12 @@ def read_texts(names: Sequence[str], n_characters: int) -> list[Text]:
     Raises:
         DepthKVError: missing, unreadable, not UTF-8, or without a text field.
     """
-    return [Text(Path(name).name, _read(name, n_characters)) for name in names]
+    return [Text(printable(Path(name).name), _read(name, n_characters)) for name in names]
+
+
+def printable(text: str) -> str:
+    """Without surrogates, which JSON and file names may hold and UTF-8 may not."""
+    return re.sub("[\ud800-\udfff]", "\ufffd", text)
 
 
 def _read(name: str, n_characters: int) -> str:
@@ -127,17 +133,18 @@ def _read_dataset(name: str, n_characters: int) -> str:
     try:
         rows = datasets.load_dataset(name, split="train", streaming=True)
         return _join_lines((json.dumps(row, default=str) for row in rows), name, n_characters)
-    except (OSError, ValueError, RuntimeError) as error:
-        if isinstance(error, DepthKVError):
-            raise
-        raise DepthKVError(f"corpus {name} cannot be loaded: {' '.join(str(error).split())[:200]}") from None
+    except DepthKVError:
+        raise
+    except Exception as error:  # the package has errors of its own, with no other base
+        why = " ".join(str(error).split())[:200] or type(error).__name__
+        raise DepthKVError(f"corpus {name} cannot be loaded: {why}") from None
 
 
 def _text_of(row: object, where: str) -> str:
     if isinstance(row, dict):
         for field in _FIELDS:
             if isinstance(row.get(field), str):
-                return row[field]
+                return printable(row[field])
     raise DepthKVError(f"{where} has no text: it needs a field {' or '.join(_FIELDS)}")
 
 
@@ -153,6 +160,9 @@ def build_corpus(
 ) -> Corpus:
     """Draw windows from the texts in turn, at distinct places.
 
+    What is held out comes first, and from a beginning of each text whose length does not depend on `n_windows`:
+    measuring more windows does not change it.
+
     Args:
         names: files or data sets; none for the default corpus.
         tokenize: tokens of a text, without any that begin a sequence.
@@ -167,17 +177,23 @@ def build_corpus(
     head = () if first_token is None else (first_token,)
     n_body = window_tokens - len(head)
 
-    places: list[list[tuple[int, ...]]] = []
+    n_first = _CHARACTERS_PER_TOKEN * n_held_out * window_tokens
+    first: list[list[tuple[int, ...]]] = []
+    rest: list[list[tuple[int, ...]]] = []
     n_found = n_usable = 0
     remainders: list[int] = []
     for text in texts:
-        tokens = tokenize(text.content)
-        starts = list(range(0, len(tokens) - n_body + 1, n_body))
-        n_found += len(tokens)
-        n_usable += len(starts)
-        remainders.append(len(tokens) - len(starts) * n_body)
-        random.Random(f"{seed} {text.name}").shuffle(starts)
-        places.append([(*head, *tokens[start : start + n_body]) for start in starts[:n_total]])
+        shuffle = random.Random(f"{seed} {text.name}").shuffle
+        n_over = 0  # at the end of the text
+        for places, part in ((first, text.content[:n_first]), (rest, text.content[n_first:])):
+            tokens = tokenize(part) if part else []
+            starts = list(range(0, len(tokens) - n_body + 1, n_body))
+            n_found += len(tokens)
+            n_usable += len(starts)
+            n_over = len(tokens) % n_body if part else n_over
+            shuffle(starts)
+            places.append([(*head, *tokens[start : start + n_body]) for start in starts[-n_total:]])
+        remainders.append(n_over)
     if n_usable < n_total:
         # what is over in a text counts, if that text grows
         n_missing = n_total - n_usable
@@ -187,20 +203,29 @@ def build_corpus(
             f"out) need {n_total * n_body}, and it has {n_found}; give more text, fewer windows or shorter ones"
         )
 
-    drawn: list[WindowTokens] = []
-    turn = 0
-    while len(drawn) < n_total:
-        index = turn % len(texts)
-        turn += 1
-        if places[index]:
-            drawn.append(WindowTokens(index, places[index].pop()))
+    held_out = _take_turns(first, n_held_out)
+    left = [a + b for a, b in zip(first, rest, strict=True)]
+    if len(held_out) < n_held_out:  # of a text whose tokens are very long
+        held_out += _take_turns(left, n_held_out - len(held_out))
+    for text, places in zip(texts, left, strict=True):
+        random.Random(f"{seed} {text.name}").shuffle(places)
+    windows = _take_turns(left, n_windows)
 
-    # what is held out comes first, so that measuring more windows does not change it
     digest = hashlib.sha256("\0".join(text.content for text in texts).encode()).hexdigest()
     name = f"Python {platform.python_version()}" if not names else ", ".join(text.name for text in texts)
     return Corpus(
         f"{name} sha256:{digest}",
         tuple(text.name for text in texts),
-        tuple(drawn[n_held_out:]),
-        tuple(drawn[:n_held_out]),
+        tuple(windows),
+        tuple(held_out),
     )
+
+
+def _take_turns(places: list[list[tuple[int, ...]]], n: int) -> list[WindowTokens]:
+    """The last places of the texts in turn, which are taken out: `n` of them, or all there are."""
+    taken: list[WindowTokens] = []
+    while len(taken) < n and any(places):
+        for index, of_text in enumerate(places):
+            if of_text and len(taken) < n:
+                taken.append(WindowTokens(index, of_text.pop()))
+    return taken

@@ -22,6 +22,8 @@ N_EVICT_BATCH = 64  # cells freed at once, when fewer are needed
 N_SINK = 4
 N_RECENT = 32
 N_UBATCH_MIN = 32
+N_UBATCH = 512  # of a context, unless the user asks for another
+N_ALIGN = 32  # granularity of a layer on a CPU
 
 # smallest layer that can evict: what is never evicted, and a ubatch
 N_CELLS_MIN = N_SINK + N_RECENT + N_UBATCH_MIN
@@ -45,7 +47,12 @@ class Held:
 
 def n_ubatch(n_cells_min: int) -> int:
     """Tokens of a ubatch, from the cells of the smallest layer."""
-    return min(max(N_UBATCH_MIN, n_cells_min // 12 // 32 * 32), n_cells_min - N_SINK - N_RECENT)
+    return min(max(N_UBATCH_MIN, n_cells_min // 12 // 32 * 32), N_UBATCH, n_cells_min - N_SINK - N_RECENT)
+
+
+def aligned(n_cells: int) -> int:
+    """Cells that the engine makes of so many that are asked for."""
+    return -(-n_cells // N_ALIGN) * N_ALIGN
 
 
 def sampled_queries(scorer: Scorer, n_tokens: int, ubatch: int) -> list[np.ndarray]:

@@ -32,7 +32,7 @@ def measure_window(
     """Estimated mean KL divergence, nats per token, of every growing layer, one value for each plan of the window.
 
     Args:
-        seed: of the draws from the model's distribution.
+        seed: of the draws from the model's distribution; any integer.
         on_layer: called after each layer.
     """
     target = prefilled.target
@@ -56,7 +56,7 @@ def measure_window(
 
     with torch.enable_grad(), observe(observer):
         hidden = target.hidden(prefilled.tail, copy_cache(prefilled.cache))
-        hidden.backward(_log_likelihood_gradient(target, hidden.detach(), torch.Generator().manual_seed(seed)))
+        hidden.backward(_log_likelihood_gradient(target, hidden.detach(), torch.Generator().manual_seed(seed % 2**63)))
 
     def divergence(gradient: torch.Tensor, change: torch.Tensor | None) -> float:
         if change is None:
@@ -68,11 +68,14 @@ def measure_window(
 
 
 def _log_likelihood_gradient(target: Target, hidden: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Gradient [n_tail, n_embd] of sum log p(y) with respect to the hidden states, y drawn from p."""
+    """Gradient [n_tail, n_embd] of sum log p(y) with respect to the hidden states, y drawn from p; NaN if p is."""
     parts = []
     for rows in chunks(len(hidden)):
         part = hidden[rows].clone().requires_grad_()
         log_p = target.logits(part).float().log_softmax(dim=-1)
+        if log_p.isnan().any():  # nothing can be drawn; whoever reads the estimate says where it is not finite
+            parts.append(torch.full_like(part, torch.nan))
+            continue
         drawn = torch.multinomial(log_p.detach().exp().cpu(), 1, generator=generator).to(log_p.device)
         log_p.gather(1, drawn).sum().backward()
         parts.append(part.grad)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 import secrets
 import shutil
 import stat
@@ -20,6 +21,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import BinaryIO
 
+import psutil
 from gguf import GGUFEndian, GGUFReader, GGUFWriter
 from gguf.gguf_writer import WriterState
 from rich.console import Console
@@ -31,6 +33,7 @@ from depthkv_edge.gguf_file import block_count, open_gguf, scalar
 
 TEMPORARY_SUFFIX = ".depthkv-tmp"  # what a killed run leaves behind: <target>.<8 hex digits>.depthkv-tmp
 
+_NAME_LENGTH = 48  # of the target, in the name of a temporary file: a file system bounds the length of the whole
 _CHUNK = 4 * 2**20
 _MARGIN = 2**20  # bytes to spare on the disk: the keys of a calibration, and the directory's own growth
 _HEADER_BYTES = 24  # magic, version, number of tensors, number of keys
@@ -76,13 +79,14 @@ def write_calibrated(source: Path, target: Path, calibration: Calibration) -> No
 
     The target appears, or is replaced, in one step when the copy is complete and on the disk: source and target may be
     the same file. A target that is a link is followed; one that exists keeps its permissions. On a terminal, standard
-    error shows a progress bar.
+    error shows a progress bar. What killed runs have left beside it is removed.
 
     Raises:
         DepthKVError: as `check_writable`; or the calibration breaks a rule of its keys, or does not fit the model.
             The target is as it was.
     """
     keys = to_keys(calibration)
+    _remove_leftovers(_resolve(target))
     check_writable(source, target)
     reader = open_gguf(source)
     try:
@@ -145,7 +149,7 @@ def _check_space(source: Path, target: Path) -> None:
 def _temporary(target: Path) -> Iterator[tuple[BinaryIO, Path]]:
     """A new file beside the target, with its permissions if it exists. It is gone at the end unless it was moved."""
     # in the target's own directory, for a rename is atomic only within a file system
-    path = target.with_name(f"{target.name[:48]}.{secrets.token_hex(4)}{TEMPORARY_SUFFIX}")
+    path = target.with_name(f"{target.name[:_NAME_LENGTH]}.{secrets.token_hex(4)}{TEMPORARY_SUFFIX}")
     try:
         with path.open("xb") as file:
             _copy_permissions(target, path)
@@ -153,6 +157,21 @@ def _temporary(target: Path) -> Iterator[tuple[BinaryIO, Path]]:
     finally:
         with contextlib.suppress(OSError):  # moved, or never created
             path.unlink()
+
+
+def _remove_leftovers(target: Path) -> None:
+    """Remove the temporary files of killed runs: those for this target that are older than this process.
+
+    Another process that is writing to the same target now has a younger one.
+    """
+    if len(target.name) > _NAME_LENGTH:
+        return  # another target may share the beginning of the name
+    name = re.compile(rf"{re.escape(target.name)}\.[0-9a-f]{{8}}{re.escape(TEMPORARY_SUFFIX)}")
+    started = psutil.Process().create_time()
+    with contextlib.suppress(OSError):  # tidying must not stand in the way of the work
+        for path in target.parent.iterdir():
+            if name.fullmatch(path.name) and path.stat().st_mtime < started:
+                path.unlink()
 
 
 def _copy_permissions(target: Path, temporary: Path) -> None:

@@ -1,4 +1,8 @@
-"""Is there a gain? Budgets from the curves against equal ones, on windows that were not measured."""
+"""Is there a gain? Budgets from the curves against equal ones, on windows that were not measured.
+
+All layers are pruned at once, but what each of them evicts follows from the queries, keys and values of the full cache:
+the engine's layers see those that the pruning below them has changed.
+"""
 
 from __future__ import annotations
 
@@ -8,15 +12,14 @@ from dataclasses import dataclass
 import numpy as np
 
 from calibrate.corpus import WindowTokens
-from calibrate.evict import N_CELLS_MIN
+from calibrate.evict import N_ALIGN, N_CELLS_MIN
 from calibrate.scorer import Scorer
 from calibrate.target import Target
 from calibrate.window import Plan, prefill, run_tail
+from depthkv_edge.calibration import CHECK_BUDGET
 
-CHECK_BUDGET = 0.4
 UNIFORM = "uniform"
 DEFAULT_RULE = "optimal"
-_N_ALIGN = 32  # the engine's granularity on a CPU
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,7 @@ def allocate(rule: str, n_tokens: int, keep_ratios: Sequence[float], sensitivity
 
     n_layers = len(sensitivity)
     curves = {} if rule == UNIFORM else {"keep_ratios": keep_ratios, "sensitivity": sensitivity}
-    cells = _native.alloc(CHECK_BUDGET, n_layers, n_tokens, rule=rule, n_floor=N_CELLS_MIN, n_align=_N_ALIGN, **curves)
+    cells = _native.alloc(CHECK_BUDGET, n_layers, n_tokens, rule=rule, n_floor=N_CELLS_MIN, n_align=N_ALIGN, **curves)
     return Plan(tuple(cells))
 
 

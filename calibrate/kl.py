@@ -15,13 +15,15 @@ def divergence(full: torch.Tensor, pruned: torch.Tensor) -> torch.Tensor:
     With d the difference of the logits and d' = d - E_full[d], it is log E_full[exp d']. Computed so, what rounding
     leaves is far below the divergence even where that is 1e-6; the textbook sum cancels to noise there.
 
+    What is not finite, in either of them, makes the row NaN; but for -inf in `full`, a token that the model rules out.
+
     Args:
         full, pruned: logits [n, n_vocab].
     """
     full = full.float()
     log_p = full - full.logsumexp(dim=-1, keepdim=True)
     d = pruned.float() - full
-    d = torch.where(torch.isfinite(d), d, 0.0)  # a token that the model rules out
+    d = d.masked_fill(full == -torch.inf, 0.0)  # a token that the model rules out
     p = log_p.exp()
     d = d - (p * d).sum(dim=-1, keepdim=True)
     small = (p * (d.clamp(max=_LARGE).expm1() - d)).sum(dim=-1).log1p()

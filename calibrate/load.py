@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import io
 import logging
+import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 
 from depthkv_edge.errors import DepthKVError
@@ -40,15 +42,15 @@ class Source:
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """Arguments of transformers' `from_pretrained`."""
-        return {} if self.gguf is None else {"gguf_file": self.gguf.name}
+        """Arguments of transformers' `from_pretrained`. Code that comes with a model is not run, nor asked about."""
+        return {"trust_remote_code": False} | ({} if self.gguf is None else {"gguf_file": self.gguf.name})
 
 
 def find_source(name: str) -> Source:
     """Tell a packaged model, a GGUF file, a directory and a hub id apart.
 
     Raises:
-        DepthKVError: the file is missing or no GGUF, or the directory holds no causal language model.
+        DepthKVError: the file is missing or no GGUF, or the directory holds no model.
     """
     path = Path(name)
     if name in PACKAGED or path.is_file() or path.suffix == ".gguf":
@@ -58,10 +60,6 @@ def find_source(name: str) -> Source:
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise DepthKVError(f"model {name} has no config.json: give a Hugging Face model directory or a .gguf file")
-        if (path / "modules.json").is_file():
-            raise DepthKVError(
-                f"calibration is not defined for {name}: it is an embedding model (it has a modules.json)"
-            )
     elif path.is_absolute() or name.startswith("."):
         ways = ", ".join(PACKAGED)
         raise DepthKVError(f"model {name} does not exist: give a directory, a hub id, a .gguf file or {ways}")
@@ -86,13 +84,19 @@ def load_model(source: Source, device: str, dtype: str) -> PreTrainedModel:
         dtype: one of `DTYPES`.
 
     Raises:
-        DepthKVError: it cannot be loaded, it is no causal language model, or the device is missing.
+        DepthKVError: it cannot be loaded, weights of it are missing, or the device is.
     """
     check_device(device)
+    arguments = source.arguments | ({"device_map": "auto"} if device == "auto" else {})
     with _one_line(source, "model"):
-        _check_config(source)
-        placement = {"device_map": "auto"} if device == "auto" else {}
-        model = AutoModelForCausalLM.from_pretrained(source.repo, dtype=DTYPES[dtype], **source.arguments, **placement)
+        model, found = AutoModelForCausalLM.from_pretrained(
+            source.repo, dtype=DTYPES[dtype], output_loading_info=True, **arguments
+        )
+        if missing := sorted(found["missing_keys"]):  # transformers draws random ones
+            raise DepthKVError(
+                f"the model of {source.name} is incomplete: weight {missing[0]} is missing, {len(missing)} in all; "
+                "get it again"
+            )
         return (model if device == "auto" else model.to(device)).eval()
 
 
@@ -100,9 +104,12 @@ def check_device(device: str) -> None:
     """Check that there is such a device.
 
     Raises:
-        DepthKVError: there is none.
+        DepthKVError: there is none, or calibration does not know its kind.
     """
-    kind = device.split(":")[0]
+    match = re.fullmatch(r"auto|(cpu|cuda|mps)(:\d+)?", device)
+    if match is None:
+        raise DepthKVError(f"device {device} is not known: use cpu, cuda, cuda:1, mps, or auto for what there is")
+    kind = match[1]
     here = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available}
     if kind in here and not here[kind]():
         raise DepthKVError(f"device {device} is not there: use cpu, or auto for what there is")
@@ -144,13 +151,29 @@ def _one_line(source: Source, what: str) -> Iterator[None]:
             yield
     except DepthKVError:
         raise
-    except (OSError, ValueError, RuntimeError, KeyError, ImportError, AttributeError, TypeError) as error:
+    except Exception as error:  # whatever a damaged file makes the libraries below raise: some of it has no other base
         text = " ".join(str(error).split())[:240] or type(error).__name__
         raise DepthKVError(f"the {what} of {source.name} cannot be loaded: {text}") from None
 
 
-def _check_config(source: Source) -> None:
-    config = AutoConfig.from_pretrained(source.repo, **source.arguments)
+def check_config(source: Source) -> None:
+    """Check that this is a causal language model, as far as its configuration says.
+
+    Raises:
+        DepthKVError: it is not, or its configuration cannot be loaded.
+    """
+    with _one_line(source, "configuration"):
+        config = AutoConfig.from_pretrained(source.repo, **source.arguments)
+        embeds = source.gguf is None and cached_file(
+            source.repo,
+            "modules.json",
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,  # what is needed of it is there already
+        )
+    if embeds:
+        raise DepthKVError(
+            f"calibration is not defined for {source.name}: it is an embedding model (it has a modules.json)"
+        )
     name = (config.architectures or [config.model_type])[0]
     if config.is_encoder_decoder:
         raise DepthKVError(f"calibration is not defined for architecture {name}: it has an encoder")

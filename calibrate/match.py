@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from gguf import MODEL_ARCH_NAMES, GGMLQuantizationType, TensorNameMap, get_tensor_name_map
+from gguf import MODEL_ARCH_NAMES, GGMLQuantizationType, GGUFReader, TensorNameMap, get_tensor_name_map
 from gguf.gguf_reader import ReaderTensor
 from gguf.quants import dequantize
 
@@ -46,7 +46,7 @@ def check_match(
     try:
         architecture = scalar(reader, "general.architecture")
         names = _name_map(architecture, n_layers)
-        n_blocks = block_count(reader) - (scalar(reader, f"{architecture}.nextn_predict_layers") or 0)
+        n_blocks = block_count(reader) - _n_draft_layers(reader, f"{architecture}.nextn_predict_layers")
     except DepthKVError as error:
         raise DepthKVError(f"model {gguf}: {error}") from None
     advice = "give the GGUF that was made from it"
@@ -59,6 +59,13 @@ def check_match(
     for name, difference in _differences(tensors, mapped):
         if difference:
             raise DepthKVError(f"tensor {name} of {gguf} is not that of {model} ({difference}): {advice}")
+
+
+def _n_draft_layers(reader: GGUFReader, key: str) -> int:
+    count = scalar(reader, key)
+    if count is not None and not isinstance(count, int):
+        raise DepthKVError(f"key {key} is {count!r}, not a number of layers: get the model file again")
+    return count or 0
 
 
 def _name_map(architecture: object, n_layers: int) -> TensorNameMap:

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
+
+# that one process waits for another: windows do not split evenly, and one of them takes minutes to hours
+_PATIENCE = timedelta(days=7)
 
 
 @dataclass(frozen=True)
@@ -22,12 +26,15 @@ class Processes:
     device: str = ""
 
     def gather(self, items: list[Any]) -> list[Any]:
-        """The items of all processes, in the order of their ranks."""
+        """The items of all processes, in the order of their ranks. The processes part: this is possible once."""
         if self.count == 1:
             return items
+        from accelerate import PartialState
         from accelerate.utils import gather_object
 
-        return gather_object(items)
+        gathered = gather_object(items)
+        PartialState().destroy_process_group()
+        return gathered
 
 
 def join_processes(device: str) -> Processes:
@@ -40,5 +47,5 @@ def join_processes(device: str) -> Processes:
         return Processes()
     from accelerate import PartialState
 
-    state = PartialState(cpu=device == "cpu")
+    state = PartialState(cpu=device == "cpu", timeout=_PATIENCE)
     return Processes(state.process_index, state.num_processes, str(state.device))

@@ -11,12 +11,11 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 
 
 @contextlib.contextmanager
-def progress(name: str, total: float, done: float = 0) -> Iterator[Callable[[float], None]]:
+def progress(name: str, total: float) -> Iterator[Callable[[float], None]]:
     """A bar with the time left. It disappears at the end; nothing is shown where standard error is no terminal.
 
     Args:
         total: units of work.
-        done: units that an earlier run has done.
     """
     if not sys.stderr.isatty():
         yield lambda n: None
@@ -25,5 +24,5 @@ def progress(name: str, total: float, done: float = 0) -> Iterator[Callable[[flo
     # half an hour of samples: layers cost less and less, a short average would promise too much
     bar = Progress(*columns, console=Console(stderr=True), transient=True, speed_estimate_period=1800)
     with bar:
-        task = bar.add_task(name, total=total, completed=done)
+        task = bar.add_task(name, total=total)
         yield lambda n: bar.advance(task, n)

@@ -4,21 +4,34 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
+import os
+import re
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from calibrate import exact, fast
-from calibrate.corpus import Corpus, build_corpus
+from calibrate.corpus import Corpus, build_corpus, printable
 from calibrate.curves import Curves, build_curves, curve_correlation, layer_correlation
-from calibrate.evict import N_CELLS_MIN, N_RECENT, N_SINK
+from calibrate.evict import N_CELLS_MIN, N_RECENT, N_SINK, aligned
 from calibrate.gguf_write import check_writable, write_calibrated
-from calibrate.heldout import CHECK_BUDGET, DEFAULT_RULE, UNIFORM, HeldOut, allocate, check
-from calibrate.load import Source, check_device, find_source, fingerprint_weights, load_model, load_tokenizer, quiet
+from calibrate.heldout import DEFAULT_RULE, UNIFORM, HeldOut, allocate, check
+from calibrate.load import (
+    Source,
+    check_config,
+    check_device,
+    find_source,
+    fingerprint_weights,
+    load_model,
+    load_tokenizer,
+    quiet,
+)
 from calibrate.match import check_match
 from calibrate.parallel import Processes, join_processes
 from calibrate.progress import progress
@@ -27,9 +40,9 @@ from calibrate.state import State, fingerprint
 from calibrate.target import Target, inspect_model
 from calibrate.window import Plan, prefill, run_tail
 from depthkv_edge import __version__
-from depthkv_edge.calibration import KEY_BUDGET, Calibration
+from depthkv_edge.calibration import CHECK_BUDGET, Calibration, read_budget
 from depthkv_edge.errors import DepthKVError
-from depthkv_edge.gguf_file import open_gguf, scalar
+from depthkv_edge.models import resolve_model
 
 EXACT, FAST, BOTH = "exact", "fast", "both"
 METHODS = (EXACT, FAST, BOTH)
@@ -41,6 +54,11 @@ _TAIL = {EXACT: 8, FAST: 12}
 
 # for the time left, in runs of one layer: head and divergence; eviction, the change of the output and its gradient
 _HEAD_COST, _FAST_COST = 6, 6
+
+# of a window in the held-out check: two floors, or there is next to nothing to share out
+_CHECK_CELLS_MIN = 2 * aligned(N_CELLS_MIN)
+
+_OUT_OF_MEMORY = re.compile(r"out of memory|can't allocate|not enough memory", re.IGNORECASE)
 
 Say = Callable[[str], None]
 
@@ -79,17 +97,21 @@ class Settings:
             raise DepthKVError(f"--ratios {_join(self.ratios)} are not all between 0 and 1: give some like 0.2,0.4")
         if list(self.ratios) != sorted(set(self.ratios)):
             raise DepthKVError(f"--ratios {_join(self.ratios)} do not ascend: give each once, the lowest first")
-        smallest = min(*self.ratios, CHECK_BUDGET)
-        if round(smallest * self.window_tokens) < N_CELLS_MIN:
+        least = math.ceil(max(N_CELLS_MIN / self.ratios[0], _CHECK_CELLS_MIN / CHECK_BUDGET))
+        if self.window_tokens < least:
             raise DepthKVError(
-                f"--window-tokens {self.window_tokens} is too short: a keep ratio of {smallest:g} leaves "
-                f"{round(smallest * self.window_tokens)} cells of {N_CELLS_MIN} that a layer needs; give at least "
-                f"{math.ceil(N_CELLS_MIN / smallest)}"
+                f"--window-tokens {self.window_tokens} is too short: a keep ratio of {self.ratios[0]:g} must leave the "
+                f"{N_CELLS_MIN} cells that a layer needs, and the held-out check at {CHECK_BUDGET:g} some to share "
+                f"out; give at least {least}"
             )
 
     def plans(self, n_layers: int) -> list[Plan]:
-        """Every layer at the same keep ratio, for each ratio: only one layer of a plan is pruned at a time."""
-        return [Plan((round(ratio * self.window_tokens),) * n_layers) for ratio in self.ratios]
+        """Every layer at the same keep ratio, for each ratio: only one layer of a plan is pruned at a time.
+
+        The engine rounds cells up to its granularity, so what is measured may be up to 31 cells more than the ratio
+        that labels it says.
+        """
+        return [Plan((aligned(round(ratio * self.window_tokens)),) * n_layers) for ratio in self.ratios]
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,6 +123,8 @@ class Outcome:
         held_out: the check on windows that were not measured.
         measured: [W, L, R] nats per token, of every window.
         agreement: Spearman correlation of `fast` with `exact` over (all points, layers), if both were measured.
+        seconds: that this process spent on measuring in this run, by method: prefill and all, without the held-out
+            check, and without what an interrupted run had done.
     """
 
     calibration: Calibration
@@ -108,6 +132,7 @@ class Outcome:
     measured: np.ndarray
     output: Path
     agreement: tuple[float, float] | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -129,14 +154,19 @@ class Outcome:
             "rule": c.rule,
             "held_out": asdict(self.held_out) | {"budget": CHECK_BUDGET, "gain": _number(self.held_out.gain)},
             "fast_agreement": None if self.agreement is None else [_number(x) for x in self.agreement],
+            "seconds": self.seconds,
         }
 
 
-def calibrate(settings: Settings, say: Say = lambda text: None) -> Outcome | None:
+def calibrate(
+    settings: Settings, say: Say = lambda text: None, on_outcome: Callable[[Outcome], None] = lambda outcome: None
+) -> Outcome | None:
     """Measure a model and write the calibrated copy of its GGUF.
 
     Args:
         say: told a line about what a user may want to know.
+        on_outcome: called when the file is written, and before what was measured is forgotten: if it fails, the same
+            command need not measure again.
 
     Returns:
         The outcome; None in the processes of `accelerate launch` other than the first.
@@ -146,12 +176,14 @@ def calibrate(settings: Settings, say: Say = lambda text: None) -> Outcome | Non
     """
     settings.check()
     source = find_source(settings.model)
-    gguf = settings.gguf or source.gguf
+    gguf = resolve_model(str(settings.gguf)) if settings.gguf else source.gguf
     if gguf is None:
         raise DepthKVError(f"model {settings.model} is no GGUF: give the GGUF that was made from it with --gguf")
     processes = join_processes(settings.device)
     check_writable(gguf, settings.output)
+    budget = read_budget(gguf)  # a default budget that the user has put into the file is not ours to drop
     check_device(settings.device)
+    check_config(source)
 
     corpus = read_corpus(settings, source)
     model = load_model(source, processes.device or settings.device, settings.dtype)
@@ -170,20 +202,22 @@ def calibrate(settings: Settings, say: Say = lambda text: None) -> Outcome | Non
     state = State(settings.output, _fingerprint(settings, target, corpus), processes.rank)
     if processes.rank == 0 and state.stale and not len(state):
         say("an earlier calibration was interrupted, with other settings: starting over")
-    measured = _measure(settings, target, corpus, processes, state, say)
+    with _memory(settings):
+        measured, seconds = _measure(settings, target, corpus, processes, state, say)
     if processes.rank != 0:
         return None
 
     method = FAST if settings.method == FAST else EXACT
     texts = [window.text for window in corpus.windows]
     curves = build_curves(measured[method], texts)
-    held_out = _check(settings, target, corpus, curves)
-    calibration = _calibration(settings, target, corpus, curves, held_out, method)
-    # a default budget that the user has put into the file is not ours to drop
-    calibration = replace(calibration, budget=scalar(open_gguf(gguf), KEY_BUDGET))
+    with _memory(settings):
+        held_out = _check(settings, target, corpus, curves)
+    calibration = _calibration(settings, target, corpus, curves, held_out, method, budget)
     write_calibrated(gguf, settings.output, calibration)
-    state.remove()
-    return Outcome(calibration, held_out, measured[method], settings.output, _agreement(measured, texts))
+    outcome = Outcome(calibration, held_out, measured[method], settings.output, _agreement(measured, texts), seconds)
+    on_outcome(outcome)
+    state.remove(_methods(settings))
+    return outcome
 
 
 def read_corpus(settings: Settings, source: Source) -> Corpus:
@@ -213,14 +247,20 @@ def _fingerprint(settings: Settings, target: Target, corpus: Corpus) -> str:
     measured = {
         name: getattr(settings, name) for name in ("windows", "window_tokens", "scorer", "dtype", "seed", "ratios")
     }
-    return fingerprint(__version__, measured, corpus.name, fingerprint_weights(target.model))
+    windows = [window.tokens for window in corpus.windows]
+    cells = [plan.cells for plan in settings.plans(1)]
+    return fingerprint(__version__, measured, corpus.name, windows, cells, fingerprint_weights(target.model))
+
+
+def _methods(settings: Settings) -> list[str]:
+    return [method for method in (EXACT, FAST) if settings.method in (method, BOTH)]
 
 
 def _measure(
     settings: Settings, target: Target, corpus: Corpus, processes: Processes, state: State, say: Say
-) -> dict[str, np.ndarray]:
-    """[W, L, R] nats per token for each method that is asked for, or that is complete anyway."""
-    methods = [method for method in (EXACT, FAST) if settings.method in (method, BOTH)]
+) -> tuple[dict[str, np.ndarray], dict[str, float]]:
+    """[W, L, R] nats per token for each method that is asked for, or that is complete anyway; and the seconds."""
+    methods = _methods(settings)
     mine = range(processes.rank, settings.windows, processes.count)
     layer_ids, n_layers = target.layer_ids, len(target.layers)
     scorer, plans = get_scorer(settings.scorer), settings.plans(len(layer_ids))
@@ -241,24 +281,37 @@ def _measure(
     )
     if processes.rank == 0 and len(state):
         say(f"going on where an interrupted calibration was: {len(state)} measurements of a layer are there")
+
+    def put(method: str, window: int, curves: dict[int, list[float]]) -> None:
+        for layer, curve in curves.items():
+            if not all(map(math.isfinite, curve)):
+                raise _not_finite(f"what layer {layer} loses in window {window}", curve, settings)
+        state.put(method, window, curves)
+
+    def measure(method: str, index: int, layers: list[int], advance: Callable[[float], None]) -> None:
+        prefilled = prefill(
+            target,
+            corpus.windows[index].tokens,
+            settings.tail_tokens(method),
+            scorer,
+            plans,
+            lambda n: advance(n * n_layers),
+        )
+        if method == FAST:
+            seed = settings.seed * 1_000_003 + index
+            put(FAST, index, fast.measure_window(prefilled, seed, lambda: advance(cost(FAST, 0))))
+            return
+        window = run_tail(prefilled)
+        for layer in layers:
+            put(EXACT, index, {layer: exact.measure_layer(window, layer)})
+            advance(cost(EXACT, layer))
+
+    seconds = dict.fromkeys(methods, 0.0)
     with progress("measuring", total) if processes.rank == 0 else nullcontext(lambda n: None) as advance:
         for method, index, layers in todo:
-            prefilled = prefill(
-                target,
-                corpus.windows[index].tokens,
-                settings.tail_tokens(method),
-                scorer,
-                plans,
-                lambda n: advance(n * n_layers),
-            )
-            if method == FAST:
-                seed = settings.seed * 1_000_003 + index
-                state.put(FAST, index, fast.measure_window(prefilled, seed, lambda: advance(cost(FAST, 0))))
-                continue
-            window = run_tail(prefilled)
-            for layer in layers:
-                state.put(EXACT, index, {layer: exact.measure_layer(window, layer)})
-                advance(cost(EXACT, layer))
+            start = time.perf_counter()
+            measure(method, index, layers, advance)
+            seconds[method] += time.perf_counter() - start
 
     own = [
         (method, window, [state.get(method, window, layer) for layer in target.layer_ids])
@@ -272,7 +325,7 @@ def _measure(
         windows = {window: curves for of, window, curves in found if of == method}
         if len(windows) == settings.windows:
             result[method] = np.array([windows[window] for window in range(settings.windows)])
-    return result
+    return result, seconds
 
 
 def _check(settings: Settings, target: Target, corpus: Corpus, curves: Curves) -> HeldOut:
@@ -282,11 +335,40 @@ def _check(settings: Settings, target: Target, corpus: Corpus, curves: Curves) -
     scorer = get_scorer(settings.scorer)
     total = len(corpus.held_out) * (n_tokens - settings.tail_tokens(EXACT))
     with progress("checking", total) as advance:
-        return check(target, corpus.held_out, settings.tail_tokens(EXACT), scorer, uniform, calibrated, advance)
+        found = check(target, corpus.held_out, settings.tail_tokens(EXACT), scorer, uniform, calibrated, advance)
+    if not (math.isfinite(found.uniform) and math.isfinite(found.calibrated)):
+        raise _not_finite("the loss in the held-out windows", (found.uniform, found.calibrated), settings)
+    return found
+
+
+def _not_finite(what: str, values: Sequence[float], settings: Settings) -> DepthKVError:
+    value = next(x for x in values if not math.isfinite(x))
+    way_out = "check the weights of the model" if settings.dtype == "float32" else "measure with --dtype float32"
+    return DepthKVError(f"{what} is {value} with --dtype {settings.dtype}: {way_out}")
+
+
+@contextmanager
+def _memory(settings: Settings) -> Iterator[None]:
+    """Turn a lack of memory into one line."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and not _OUT_OF_MEMORY.search(str(error)):
+            raise
+        raise DepthKVError(
+            f"--window-tokens {settings.window_tokens} on --device {settings.device} takes more memory than there is: "
+            "give fewer tokens, or another device; with enough memory the same command goes on where this one was"
+        ) from None
 
 
 def _calibration(
-    settings: Settings, target: Target, corpus: Corpus, curves: Curves, held_out: HeldOut, method: str
+    settings: Settings,
+    target: Target,
+    corpus: Corpus,
+    curves: Curves,
+    held_out: HeldOut,
+    method: str,
+    budget: float | None,
 ) -> Calibration:
     return Calibration(
         layer_ids=target.layer_ids,
@@ -297,15 +379,16 @@ def _calibration(
         sink_tokens=N_SINK,
         recent_tokens=N_RECENT,
         rule=held_out.rule,
-        model=settings.model,
+        model=printable(settings.model),
         corpus=corpus.name,
         tokens=settings.windows * settings.window_tokens,
         windows=settings.windows,
         window_tokens=settings.window_tokens,
         method=method,
         stability=curves.stability,
-        gain=held_out.gain,
+        gain=held_out.gain if held_out.gain < np.finfo(np.float32).max else math.nan,  # nothing is lost at all
         tool=f"depthkv-edge {__version__}",
+        budget=budget,
     )
 
 
@@ -322,6 +405,22 @@ def _join(ratios: Sequence[float]) -> str:
 
 def _number(x: float) -> float | None:
     return x if math.isfinite(x) else None
+
+
+def check_dump(path: Path, settings: Settings) -> None:
+    """Check that `dump_curves` can do its work, before hours go into a calibration.
+
+    Raises:
+        DepthKVError: the file cannot be written, or is one of the model's.
+    """
+    if path.is_dir() or not path.parent.is_dir():
+        what = "it is a directory" if path.is_dir() else f"{path.parent} is not a directory"
+        raise DepthKVError(f"{path} cannot be written: {what}; give the path of a file")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise DepthKVError(f"{path} cannot be written: it is read-only; choose another path")
+    for other in (settings.output, settings.gguf, Path(settings.model)):
+        if other is not None and path.resolve() == other.resolve():
+            raise DepthKVError(f"--curves {path} is the model file: choose another path")
 
 
 def dump_curves(outcome: Outcome, path: Path) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
+from collections.abc import Collection
 from pathlib import Path
 
 from depthkv_edge.errors import DepthKVError
@@ -31,14 +33,9 @@ class State:
         self._found: dict[str, list[float]] = {}
         self.stale = False
         for path in self._files():
-            try:
-                saved = json.loads(path.read_text(encoding="utf-8"))
-                if saved["fingerprint"] != fingerprint:
-                    self.stale = True
-                else:
-                    self._found |= saved["measured"]
-            except (ValueError, KeyError, TypeError, OSError):
-                self.stale = True  # not ours, or not whole: measure again
+            saved = self._read(path)
+            self.stale |= saved is None
+            self._found |= saved or {}
 
     def __len__(self) -> int:
         return len(self._found)
@@ -55,20 +52,45 @@ class State:
         """
         for layer, curve in layers.items():
             self._found[f"{method} {window} {layer}"] = curve
-        part = self._path.with_name(self._path.name + ".part")
         try:
-            part.write_text(json.dumps({"fingerprint": self._fingerprint, "measured": self._found}), encoding="utf-8")
-            os.replace(part, self._path)
+            self._write(self._path, self._found)
         except OSError as error:
-            part.unlink(missing_ok=True)
             raise DepthKVError(
                 f"{self._path} cannot be written: {error.strerror}; free some space, then run the same command to go on"
             ) from None
 
-    def remove(self) -> None:
-        """Forget everything, the files of other processes too."""
+    def remove(self, methods: Collection[str]) -> None:
+        """Forget what was measured by some methods, in the files of other processes too.
+
+        What an interrupted calibration by another method has measured stays. A file that cannot be changed stays, too:
+        the calibration is done, and what is in it can do no harm.
+        """
         for path in self._files():
-            path.unlink(missing_ok=True)
+            saved = self._read(path) or {}
+            others = {name: curve for name, curve in saved.items() if name.split()[0] not in methods}
+            with contextlib.suppress(OSError):
+                if others:
+                    self._write(path, others)
+                else:
+                    path.unlink(missing_ok=True)
+
+    def _read(self, path: Path) -> dict[str, list[float]] | None:
+        """What a file holds; None if it was measured with other settings, or is not whole."""
+        try:
+            saved = json.loads(path.read_text(encoding="utf-8"))
+            return dict(saved["measured"]) if saved["fingerprint"] == self._fingerprint else None
+        except (ValueError, KeyError, TypeError, OSError):
+            return None
+
+    def _write(self, path: Path, measured: dict[str, list[float]]) -> None:
+        part = path.with_name(path.name + ".part")
+        try:
+            part.write_text(json.dumps({"fingerprint": self._fingerprint, "measured": measured}), encoding="utf-8")
+            os.replace(part, path)
+        except OSError:
+            with contextlib.suppress(OSError):
+                part.unlink(missing_ok=True)
+            raise
 
     def _files(self) -> list[Path]:
         prefix = f"{self._output.name}{_SUFFIX}."

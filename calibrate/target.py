@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -124,10 +124,8 @@ def inspect_model(model: PreTrainedModel) -> Target:
         raise refuse("its keys and values are compressed together (MLA)")
     if getattr(config, "alibi", False) or getattr(config, "position_embedding_type", "") == "alibi":
         raise refuse("ALiBi biases depend on every cached position")
-    try:
+    with _refusing(refuse, "its attention cannot be observed"):
         model.set_attn_implementation(NAME)
-    except (ValueError, AttributeError) as error:
-        raise refuse(f"its attention cannot be observed ({_one_line(error)})") from None
 
     model.eval().requires_grad_(False)
     decoder = model.get_decoder()
@@ -144,12 +142,8 @@ def inspect_model(model: PreTrainedModel) -> Target:
     tokens = torch.randint(min(1000, config.vocab_size), (1, _PROBE_TOKENS), generator=generator)
     tokens = tokens.to(_input_device(model))
     with torch.inference_mode(), observe(record):
-        try:
+        with _refusing(refuse, "it does not run with a KV cache"):
             reference = decoder(input_ids=tokens, past_key_values=cache, use_cache=True).last_hidden_state
-        except DepthKVError as error:
-            raise refuse(str(error)) from None
-        except (AttributeError, NotImplementedError, RuntimeError, TypeError, ValueError, KeyError) as error:
-            raise refuse(f"it does not run with a KV cache ({_one_line(error)})") from None
 
     n_layers = config.num_hidden_layers
     if not calls and all(type(layer) is DynamicLayer for layer in cache.layers):
@@ -168,9 +162,21 @@ def inspect_model(model: PreTrainedModel) -> Target:
     if layers is None:
         raise refuse("its attention modules are not inside one list of layers")
 
-    target = Target(model, decoder, layers, growing, _returns_tuples(layers[0], decoder, tokens))
-    _check_rerun(target, tokens, reference[0], refuse)
+    with _refusing(refuse, "its layers cannot be run again one by one"):
+        target = Target(model, decoder, layers, growing, _returns_tuples(layers[0], decoder, tokens))
+        _check_rerun(target, tokens, reference[0])
     return target
+
+
+@contextlib.contextmanager
+def _refusing(refuse: Callable[[str], DepthKVError], what: str) -> Iterator[None]:
+    """Refuse by name, whatever a model raises when it runs in a way that its authors may not have thought of."""
+    try:
+        yield
+    except DepthKVError as error:
+        raise refuse(str(error)) from None
+    except Exception as error:
+        raise refuse(f"{what} ({_one_line(error)})") from None
 
 
 def _decoder_layers(decoder: nn.Module, attentions: list[nn.Module]) -> tuple[nn.Module, ...] | None:
@@ -185,26 +191,34 @@ def _decoder_layers(decoder: nn.Module, attentions: list[nn.Module]) -> tuple[nn
 def _returns_tuples(layer: nn.Module, decoder: nn.Module, tokens: torch.Tensor) -> bool:
     kinds: list[bool] = []
     handle = layer.register_forward_hook(lambda module, args, output: kinds.append(isinstance(output, tuple)))
-    with torch.inference_mode():
-        decoder(input_ids=tokens, use_cache=False)
-    handle.remove()
+    try:
+        with torch.inference_mode():
+            decoder(input_ids=tokens, use_cache=False)
+    finally:
+        handle.remove()
     return kinds[0]
 
 
-def _check_rerun(target: Target, tokens: torch.Tensor, reference: torch.Tensor, refuse: Any) -> None:
-    """A rerun from some layer on must give what a whole pass gives: nothing may travel beside the hidden states."""
+def _check_rerun(target: Target, tokens: torch.Tensor, reference: torch.Tensor) -> None:
+    """A rerun from some layer on must give what a whole pass gives: nothing may travel beside the hidden states.
+
+    Raises:
+        DepthKVError: it does not; the message says why, and does not name the model.
+    """
     with torch.inference_mode():
         with layer_inputs(target.layers) as inputs:
             target.hidden(tokens, target.new_cache())
         if len(inputs) != len(target.layers) or any(x.shape[:2] != tokens.shape for x in inputs):
-            raise refuse("its layers do not pass on one hidden state for each token")
+            raise DepthKVError("its layers do not pass on one hidden state for each token")
         full = target.logits(reference)
+        if full.isnan().any():
+            raise DepthKVError("its logits are not numbers; try --dtype float32, or check its weights")
         tolerance = _PROBE_TOLERANCE.get(full.dtype, _PROBE_TOLERANCE_HALF) * float(full.abs().max())
         for index in {0, len(inputs) // 2, len(inputs) - 1}:
             with target.starting_at(index, inputs[index]):
                 rerun = target.logits(target.hidden(tokens, target.new_cache()))
             if not float((rerun - full).abs().max()) <= tolerance:
-                raise refuse(f"a rerun from layer {index} on does not give the same logits")
+                raise DepthKVError(f"a rerun from layer {index} on does not give the same logits")
 
 
 def _one_line(error: Exception) -> str:

@@ -14,6 +14,7 @@ from depthkv_edge.errors import DepthKVError
 llama_cpp = _library.import_bindings()
 _api = llama_cpp.llama_cpp  # the module that mirrors llama.h, and owns the library handle
 
+VERSION = 2  # LLAMA_DEPTHKV_VERSION
 SCORERS = ("attention", "window", "streaming", "random")
 RULES = ("uniform", "proportional", "optimal")
 
@@ -74,14 +75,18 @@ class llama_depthkv_alloc_params(ctypes.Structure):
     ]
 
 
+def _other_build(what: str) -> DepthKVError:
+    return DepthKVError(
+        f"{_api._lib._name} {what}: it is not, or no longer, this package's build; "
+        "run scripts/setup.sh in the source tree"
+    )
+
+
 def _bind(name: str, argtypes: list[Any], restype: Any) -> Any:
     try:
         function = getattr(_api._lib, name)
     except AttributeError:
-        raise DepthKVError(
-            f"{_api._lib._name} has no {name}: it is not, or no longer, this package's build; "
-            "run scripts/setup.sh in the source tree"
-        ) from None
+        raise _other_build(f"has no {name}") from None
     function.argtypes = argtypes
     function.restype = restype
     return function
@@ -92,6 +97,10 @@ _context_p = _api.llama_context_p_ctypes
 _context_params = _api.llama_context_params
 _seq_id = _api.llama_seq_id
 _pos = _api.llama_pos
+
+llama_depthkv_version = _bind("llama_depthkv_version", [], ctypes.c_int32)
+if llama_depthkv_version() != VERSION:
+    raise _other_build(f"has version {llama_depthkv_version()} of llama-depthkv.h, not {VERSION}")
 
 llama_depthkv_last_error = _bind("llama_depthkv_last_error", [], ctypes.c_char_p)
 

@@ -23,9 +23,12 @@ KEY_SENSITIVITY = "depthkv.sensitivity"
 KEY_SENSITIVITY_SE = "depthkv.sensitivity_se"
 KEY_BUDGET = "depthkv.budget"
 
+CHECK_BUDGET = 0.4  # at which calibration compares its budgets with uniform ones on held-out windows: `gain`
+
 _RISE = 1e-6  # relative: a sensitivity that rises with the keep ratio by no more than this is rounding
 _MAX_SAFE = 2**20  # most sink or recent tokens that the engine takes
 _AGAIN = "calibrate the model again"
+_BUDGET = "set a budget above 0 and at most 1, or none"
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,7 +53,8 @@ class Calibration:
         window_tokens: tokens of a window.
         method: `exact` or `fast`; empty if the file does not say.
         stability: Spearman correlation of the sensitivity between texts, in [-1, 1]; NaN if it was not measured.
-        gain: mean KL divergence on held-out windows, uniform over calibrated; NaN if it was not measured.
+        gain: mean KL divergence on held-out windows at `CHECK_BUDGET`, uniform over calibrated; NaN if it was not
+            measured, or if the calibrated budgets lose nothing at all.
         tool: `depthkv-edge <version>`.
         budget: default budget, a fraction of the full cache in (0, 1]; None for the full cache.
     """
@@ -89,6 +93,7 @@ class Calibration:
         for key, curves in ((KEY_SENSITIVITY, self.sensitivity), (KEY_SENSITIVITY_SE, self.sensitivity_se)):
             _check_curves(key, np.asarray(curves, np.float32), shape)
         _check_falling(np.asarray(self.sensitivity, np.float32), self.layer_ids)
+        _check_full(np.asarray(self.keep_ratios, np.float32), np.asarray(self.sensitivity, np.float32), self.layer_ids)
         for key in KEYS:
             _check_fact(key, getattr(self, key.attribute))
 
@@ -160,6 +165,24 @@ def read_calibration(path: Path) -> Calibration | None:
     return calibration
 
 
+def read_budget(path: Path) -> float | None:
+    """Default budget that a GGUF carries, calibrated or not; None if it has none.
+
+    Raises:
+        DepthKVError: the file cannot be read, or the key is of the wrong type or out of range; the message names it.
+    """
+    reader = open_gguf(path)
+    if reader.get_field(KEY_BUDGET) is None:
+        return None
+    key = next(key for key in KEYS if key.name == KEY_BUDGET)
+    try:
+        budget = _read(reader, key)
+        _check_fact(key, budget)
+    except DepthKVError as error:
+        raise DepthKVError(f"model {path}: {error}") from None
+    return _shortest(budget)
+
+
 def to_keys(calibration: Calibration) -> list[KeyValue]:
     """The keys that carry a calibration, as gguf-py writes them. What is not known has no key.
 
@@ -211,7 +234,8 @@ def _read(reader: GGUFReader, key: Key) -> Any:
     assert field is not None
     expected = [key.type] if key.item_type is None else [key.type, key.item_type]
     if field.types != expected:
-        raise DepthKVError(f"key {key.name} is of type {_name(field.types)}, not {_name(expected)}: {_AGAIN}")
+        way_out = _BUDGET if key.name == KEY_BUDGET else _AGAIN
+        raise DepthKVError(f"key {key.name} is of type {_name(field.types)}, not {_name(expected)}: {way_out}")
     return scalar(reader, key.name) if key.item_type is None else np.array(field.parts[field.data[0]])
 
 
@@ -274,6 +298,16 @@ def _check_falling(sensitivity: np.ndarray, layer_ids: tuple[int, ...]) -> None:
         )
 
 
+def _check_full(ratios: np.ndarray, sensitivity: np.ndarray, layer_ids: tuple[int, ...]) -> None:
+    if ratios[-1] < 1 or not sensitivity[:, -1].any():
+        return
+    row = int(sensitivity[:, -1].argmax())
+    raise DepthKVError(
+        f"key {KEY_SENSITIVITY} is {sensitivity[row, -1]} at a keep ratio of 1 in layer {layer_ids[row]}, "
+        f"where nothing is lost: {_AGAIN}"
+    )
+
+
 def _check_fact(key: Key, value: Any) -> None:
     if key.type == _ARRAY or _is_missing(key, value):
         return
@@ -286,6 +320,6 @@ def _check_fact(key: Key, value: Any) -> None:
             raise DepthKVError(f"key {key.name} is {value}, not from {low} to {high}: {_AGAIN}")
     elif key.name == KEY_BUDGET:
         if not 0 < np.float32(value) <= 1:
-            raise DepthKVError(f"key {key.name} is {value}: give a budget above 0 and at most 1")
+            raise DepthKVError(f"key {key.name} is {value}: {_BUDGET}")
     elif not math.isfinite(value):
         raise DepthKVError(f"key {key.name} is {value}, not a finite number: {_AGAIN}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -67,12 +68,16 @@ def calibrate(
     calibration goes on where it was when the same command runs again. Under `accelerate launch` the windows are split
     over its processes.
     """
+    keep_ratios = _parse_ratios(ratios)
     for package in _PACKAGES:
         if find_spec(package) is None:
             raise DepthKVError(f"calibration needs {package}, which is not installed: run `{_INSTALL}`")
-
-    from calibrate.run import Settings, dump_curves
-    from calibrate.run import calibrate as measure
+    try:
+        from calibrate.run import Settings, check_dump, dump_curves
+        from calibrate.run import calibrate as measure
+    except (ImportError, OSError, RuntimeError, AttributeError) as error:  # one of them is too old, or broken
+        why = " ".join(str(error).split())[:200] or type(error).__name__
+        raise DepthKVError(f"a package that calibration needs does not load ({why}): run `{_INSTALL}`") from None
 
     settings = Settings(
         model=hf_model,
@@ -86,21 +91,24 @@ def calibrate(
         dtype=dtype,
         method=method,
         seed=seed,
-        ratios=_parse_ratios(ratios),
+        ratios=keep_ratios,
     )
+    if curves:
+        check_dump(Path(curves), settings)
+
+    def show(outcome: Outcome) -> None:
+        if as_json:
+            click.echo(json.dumps(outcome.to_dict(), ensure_ascii=False, allow_nan=False))
+        else:
+            _print_summary(outcome)
+        if curves:  # last, for this may fail
+            dump_curves(outcome, Path(curves))
+
     try:
-        outcome = measure(settings, lambda line: click.echo(line, err=True))
+        measure(settings, lambda line: click.echo(line, err=True), show)
     except KeyboardInterrupt:
         click.echo("interrupted: the same command goes on where this one was", err=True)
         raise
-    if outcome is None:
-        return
-    if curves:
-        dump_curves(outcome, Path(curves))
-    if as_json:
-        click.echo(json.dumps(outcome.to_dict(), ensure_ascii=False))
-    else:
-        _print_summary(outcome)
 
 
 def _parse_ratios(text: str) -> tuple[float, ...]:
@@ -124,7 +132,8 @@ def _print_summary(outcome: Outcome) -> None:
 
 def summary_rows(outcome: Outcome) -> list[tuple[str, str]]:
     """Rows of the table: a name, and what is to be said about it."""
-    from calibrate.heldout import CHECK_BUDGET, UNIFORM
+    from calibrate.heldout import UNIFORM
+    from depthkv_edge.calibration import CHECK_BUDGET
 
     calibration, held_out = outcome.calibration, outcome.held_out
     worst = sorted(zip(calibration.sensitivity[:, 0], calibration.layer_ids, strict=True), reverse=True)[:5]
@@ -132,13 +141,16 @@ def summary_rows(outcome: Outcome) -> list[tuple[str, str]]:
     rows = [
         ("measured", f"{calibration.windows} windows of {calibration.window_tokens} tokens, {calibration.method}"),
         ("sensitive", "layers " + ", ".join(str(layer) for _, layer in worst)),
-        ("stability", f"{calibration.stability:.2f} (Spearman between texts)"),
     ]
+    if not math.isnan(calibration.stability):  # as it is of one window
+        rows.append(("stability", f"{calibration.stability:.2f} (Spearman between texts)"))
     if outcome.agreement is not None:
         points, layers = outcome.agreement
         rows.append(("fast", f"{points:.2f} Spearman with exact over all points, {layers:.2f} over layers"))
     if calibration.rule == UNIFORM:
         rows.append(("gain", f"none on held-out text: {divergence}; the file asks for uniform budgets"))
+    elif math.isinf(held_out.gain):
+        rows.append(("gain", f"nothing is lost on held-out text at a budget of {CHECK_BUDGET:g}: {divergence}"))
     else:
         rows.append(("gain", f"{held_out.gain:.1f}x on held-out text at a budget of {CHECK_BUDGET:g}: {divergence}"))
     rows.append(("written", str(outcome.output)))

@@ -119,10 +119,10 @@ def inspect_model(path: Path, kv_budget: Budget | None = None, n_ctx: int = 0) -
 def _context(path: Path, written: Budget | None, n_ctx: int) -> Iterator[tuple[Any, float]]:
     """A `llama_context` as `Llama` would create it, and its budget. K, V and weights are not allocated."""
     params = _api.llama_context_default_params()
-    params.n_ctx = n_ctx
     params.n_batch, params.n_ubatch = _N_BATCH, _N_UBATCH
     depth = _native.llama_depthkv_default_params()
     with load_without_weights(str(path)) as model:
+        params.n_ctx = n_ctx = n_ctx or _trained_ctx(model)
         if written is None:  # the engine has checked the file's own when it loaded the model
             budget = float(scalar(open_gguf(path), KEY_BUDGET) or 1.0)
         else:
@@ -137,6 +137,13 @@ def _context(path: Path, written: Budget | None, n_ctx: int) -> Iterator[tuple[A
             yield context, budget
         finally:
             _api.llama_free(context)
+
+
+def _trained_ctx(model: Any) -> int:
+    n_ctx = int(_api.llama_model_n_ctx_train(model)) % 2**32  # the file's number has no sign, the API's has one
+    if not 0 < n_ctx <= _MAX_CTX:
+        raise DepthKVError(f"the file's context of {n_ctx} tokens cannot be inspected: give 1 to {_MAX_CTX} with -c")
+    return n_ctx
 
 
 def _facts(calibration: Calibration | None) -> dict[str, Any] | None:

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from depthkv_edge.calibration import Calibration
+from depthkv_edge.calibration import CHECK_BUDGET, Calibration
 from depthkv_edge.inspect import Inspection
 
 _BAR_WIDTH = 12
@@ -45,24 +45,33 @@ def _calibration_rows(inspection: Inspection) -> list[tuple[str, str]]:
     if calibration is None:
         how = f"depthkv-edge calibrate HF_MODEL --gguf {inspection.model} -o {inspection.model.stem}-depthkv.gguf"
         return [("calibration", f"no calibration: allocation is uniform; to calibrate, run `{how}`")]
-    measured = f"{calibration.windows} windows of {calibration.window_tokens} tokens"
     safe = f"{calibration.sink_tokens} sink and {calibration.recent_tokens} recent tokens"
-    rows = [
-        ("calibration", f"{calibration.method} on {calibration.model}, {measured}, by {calibration.tool}"),
-        ("corpus", calibration.corpus),
-        ("eviction", f"scorer {calibration.scorer}, {safe}"),
-    ]
+    rows = [("calibration", _origin(calibration))]
+    if calibration.corpus:
+        rows.append(("corpus", calibration.corpus))
+    rows.append(("eviction", f"scorer {calibration.scorer}, {safe}"))
     if quality := _quality(calibration):
         rows.append(("quality", quality))
     return rows
 
 
+def _origin(calibration: Calibration) -> str:
+    # each of these facts may be missing
+    method = " ".join(filter(None, [calibration.method, calibration.model and f"on {calibration.model}"]))
+    parts = [method, f"by {calibration.tool}" if calibration.tool else ""]
+    if calibration.windows:
+        of = f" of {calibration.window_tokens} tokens" if calibration.window_tokens else ""
+        parts.insert(1, f"{calibration.windows} window{'s' * (calibration.windows > 1)}{of}")
+    return ", ".join(filter(None, parts)) or "the file does not say how"
+
+
 def _quality(calibration: Calibration) -> str:
     parts = []
     if not math.isnan(calibration.gain):
-        parts.append(f"held-out KL {calibration.gain:.2g} times lower than uniform")
+        at = f"at a budget of {CHECK_BUDGET:g}"
+        parts.append(f"held-out KL {calibration.gain:.2g} times lower than uniform {at}")
         if calibration.rule == "uniform":
-            parts[-1] = f"no gain over uniform on held-out text ({calibration.gain:.2g}): uniform is used"
+            parts[-1] = f"no gain over uniform on held-out text {at} ({calibration.gain:.2g}): uniform is used"
     if not math.isnan(calibration.stability):
         parts.append(f"rank correlation between texts {calibration.stability:.2f}")
     return "; ".join(parts)

@@ -89,10 +89,52 @@ cli.main()
     assert package in line and "pip install" in line and "depthkv-edge[calibrate]" in line
 
 
-def test_help_and_refusals_need_no_torch():
+@pytest.mark.parametrize(
+    ("arguments", "code"), [(["--help"], 0), (["smollm2", "-o", "out.gguf", "--ratios", "a,b"], 2)]
+)
+def test_help_and_refusals_need_no_torch(arguments, code):
     program = """
 import sys
-sys.modules["torch"] = sys.modules["transformers"] = None
-import depthkv_edge.cli_calibrate
+from depthkv_edge.cli import main
+try:
+    main()
+finally:
+    assert not {"torch", "transformers"} & set(sys.modules)
 """
-    assert run_python("-c", program).code == 0
+    found = run_python("-c", program, "calibrate", *arguments)
+    assert (found.code, found.err.count("\n")) == (code, code // 2), found.err
+
+
+@pytest.mark.parametrize("error", ["ImportError('cannot import name\\n DynamicLayer')", "OSError('libtorch.so')"])
+def test_a_broken_package_names_the_extra(error, tmp_path):
+    program = f"""
+import importlib.abc, sys
+class Broken(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name == "transformers.cache_utils":
+            raise {error}
+sys.meta_path.insert(0, Broken())
+from depthkv_edge import cli
+cli.main()
+"""
+    line = refused(run_python("-c", program, "calibrate", "smollm2", "-o", str(tmp_path / "out.gguf")))
+    assert (
+        "pip install" in line and "depthkv-edge[calibrate]" in line and ("DynamicLayer" in line or "libtorch" in line)
+    )
+
+
+def test_curves_that_cannot_be_written(cli, pair, tmp_path):
+    """Said before the work; if it is found out after it, the file and the summary are there all the same."""
+    arguments = ["calibrate", pair[0], "--gguf", pair[1], "-o", tmp_path / "out.gguf", *SHORT]
+    assert "is not a directory" in refused(cli(*arguments, "--curves", tmp_path / "none" / "curves.json"))
+    assert os.listdir(tmp_path) == []
+    found = cli(*arguments, "--curves", "/dev/full")
+    assert found.code == 2 and "written" in found.err
+    assert found.err.splitlines()[-1] == "depthkv-edge: /dev/full cannot be written: No space left on device"
+    assert sorted(os.listdir(tmp_path)) == ["out.gguf", "out.gguf.calibration.0.json"]
+
+
+def test_one_window(cli, pair, tmp_path):
+    arguments = ["--windows", 1, "--window-tokens", 480, "--ratios", "0.4", "--method", "fast"]
+    done = cli("calibrate", pair[0], "--gguf", pair[1], "-o", tmp_path / "out.gguf", *arguments)
+    assert done.code == 0 and "nan" not in done.err and "written" in done.err

@@ -48,10 +48,37 @@ def test_no_token_is_read_twice(tmp_path):
     assert len(tokens) == len(set(tokens)) == 600
 
 
-def test_more_windows_leave_the_held_out_ones_alone(tmp_path):
-    files = [write(tmp_path / "a.txt", 4000)]
-    assert build(files).held_out == build(files, n_windows=4).held_out
-    assert not {w.tokens for w in build(files).held_out} & {w.tokens for w in build(files).windows}
+@pytest.mark.parametrize("n", [700, 4000, 30_000, 50_000])
+def test_more_windows_leave_the_held_out_ones_alone(tmp_path, n):
+    files = [write(tmp_path / "a.txt", n), write(tmp_path / "b.txt", n - 1, 70_000)]
+    held_out = build(files).held_out
+    for n_windows in (1, 2, 5, 9):
+        corpus = build(files, n_windows=n_windows)
+        assert corpus.held_out == held_out
+        tokens = [token for w in (*corpus.windows, *corpus.held_out) for token in w.tokens]
+        assert len(tokens) == len(set(tokens)) == 100 * (n_windows + 2)
+
+
+def test_windows_come_from_all_of_the_text(tmp_path):
+    path = write(tmp_path / "a.txt", 50_000)
+    corpora = [build([path], seed=seed) for seed in range(8)]
+    assert max(token for corpus in corpora for w in corpus.windows for token in w.tokens) > 1000 + 64 * 2 * 100
+
+
+def test_tokens_of_many_characters(tmp_path):
+    """The beginning that is held out from has too few of them: the rest of the text helps out."""
+    path = tmp_path / "a.txt"
+    path.write_text("x" * 10**6)
+    corpus = build_corpus(
+        [str(path)],
+        lambda text: list(range(len(text) // 64)),
+        None,
+        n_windows=1,
+        n_held_out=2,
+        window_tokens=90,
+        seed=0,
+    )
+    assert (len(corpus.held_out), len(corpus.windows)) == (2, 1)
 
 
 def test_a_short_text_leaves_its_turns_to_the_others(tmp_path):
@@ -77,6 +104,14 @@ def test_json_lines(tmp_path, field):
     path.write_text("\n".join(json.dumps({field: chr(97 + i) * 100, "n": i}) for i in range(8)) + "\n\n")
     tokens = {token for w in build([path], n_windows=2).windows for token in w.tokens}
     assert len(tokens) > 1 and tokens <= {*range(97, 105), 10}
+
+
+def test_half_a_character(tmp_path):
+    """JSON may escape one half of a surrogate pair, and UTF-8 has no bytes for that."""
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "' + "\\ud83d" * 700 + '"}')
+    corpus = build([path])
+    assert {token for w in corpus.windows for token in w.tokens} == {0xFFFD}
 
 
 def test_too_little_text_says_how_much_is_missing(tmp_path):
@@ -112,6 +147,17 @@ def test_a_directory_is_no_corpus(tmp_path):
 def test_a_data_set_without_its_package(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "datasets", None)
     with pytest.raises(DepthKVError, match="pip install datasets"):
+        build(["owner/texts"])
+
+
+def test_a_data_set_that_fails(monkeypatch):
+    class Datasets:
+        @staticmethod
+        def load_dataset(name, split, streaming):
+            raise AssertionError("two\nlines")
+
+    monkeypatch.setitem(__import__("sys").modules, "datasets", Datasets)
+    with pytest.raises(DepthKVError, match="corpus owner/texts cannot be loaded: two lines"):
         build(["owner/texts"])
 
 

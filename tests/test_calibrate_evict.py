@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from calibrate.evict import N_CELLS_MIN, N_RECENT, N_SINK, n_ubatch, sampled_queries, simulate
+from calibrate.evict import N_CELLS_MIN, N_RECENT, N_SINK, aligned, n_ubatch, sampled_queries, simulate
 from calibrate.scorer import Cells
 from calibrate.scorers import SCORERS, get_scorer
 from depthkv_edge.errors import DepthKVError
@@ -134,8 +134,12 @@ def test_random_is_the_hash_of_the_engine(layer, pos):
 
 
 def test_ubatch():
-    cells = [68, 307, 768, 1229, 2150, 3071]
-    assert [n_ubatch(n) for n in cells] == [32, 32, 64, 96, 160, 224]
+    cells = [68, 307, 768, 1229, 2150, 3071, 6144, 100_000]
+    assert [n_ubatch(n) for n in cells] == [32, 32, 64, 96, 160, 224, 512, 512]
+
+
+def test_cells_are_rounded_up_as_the_engine_does():
+    assert [aligned(n) for n in (1, 32, 33, 154)] == [32, 32, 64, 160]
 
 
 def test_every_ubatch_samples_its_last_token():

@@ -133,6 +133,7 @@ def test_fast_is_reproducible():
     prefilled = opened("llama").prefilled
     assert fast.measure_window(prefilled, seed=3) == fast.measure_window(prefilled, seed=3)
     assert fast.measure_window(prefilled, seed=3) != fast.measure_window(prefilled, seed=4)
+    assert fast.measure_window(prefilled, seed=2**70)  # more than torch takes
 
 
 @pytest.mark.parametrize("family", REFUSED)
@@ -154,6 +155,45 @@ def test_what_travels_beside_the_hidden_states_is_refused():
     decoder.layers[3].register_forward_hook(lambda module, args, output: output + aside.pop("x", 0))
     with pytest.raises(DepthKVError, match="LlamaForCausalLM.*does not give the same logits"):
         inspect_model(model)
+
+
+def test_what_fails_without_a_cache_is_refused_by_name():
+    model = make_model("llama")
+    decoder, hooks = model.get_decoder(), model.get_decoder().layers[0]._forward_hooks
+    forward = decoder.forward
+    decoder.forward = lambda *args, use_cache=None, **kwargs: forward(*args, **kwargs) if use_cache else 1 / 0
+    with pytest.raises(DepthKVError, match="LlamaForCausalLM: its layers cannot be run again.*division by zero"):
+        inspect_model(model)
+    assert not hooks
+
+
+def test_a_model_without_finite_logits():
+    model = make_model("llama")
+    with torch.no_grad():
+        model.get_decoder().layers[1].mlp.up_proj.weight[0, 0] = float("nan")
+    with pytest.raises(DepthKVError, match="logits are not numbers.*--dtype float32"):
+        inspect_model(model)
+
+
+@pytest.mark.parametrize("broken", [float("nan"), float("-inf"), float("inf")])
+def test_what_is_not_finite_is_no_divergence_of_0(broken):
+    full = torch.tensor([[0.0, 1.0, 2.0, float("-inf")]] * 2)
+    pruned = full.clone()
+    pruned[0, 0] = broken
+    pruned[1, 3] = 5.0  # of a token that the model rules out
+    found = divergence(full, pruned)
+    assert not found[0].isfinite() and found[1] == 0
+    assert not divergence(pruned, full)[0].isfinite() or broken == float("-inf")
+
+
+def test_fast_says_what_is_not_finite():
+    model = make_model("llama")
+    with torch.no_grad():
+        target = inspect_model(model)
+        model.lm_head.weight[0, 0] = float("nan")
+    plans = [Plan((80,) * 4)]
+    found = fast.measure_window(prefill(target, make_tokens(N_TOKENS), N_TAIL, get_scorer("streaming"), plans), 0)
+    assert all(np.isnan(curve).all() for curve in found.values())
 
 
 @settings(max_examples=30, deadline=None)

@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from depthkv_edge import DepthKVError
-from depthkv_edge.calibration import KEYS, Calibration, KeyValue, from_keys, read_calibration, to_keys
+from depthkv_edge.calibration import KEYS, Calibration, KeyValue, from_keys, read_budget, read_calibration, to_keys
 
 N_LAYERS = 4
 
@@ -70,6 +70,8 @@ def calibrations(draw: st.DrawFn) -> Calibration:
     ratios = tuple(float(str(np.float32(ratio))) for ratio in sorted(grid))
     n = len(ratios)
     curves = [sorted(draw(st.lists(floats, min_size=n, max_size=n)), reverse=True) for _ in layers]
+    if ratios[-1] == 1:
+        curves = [[*curve[:-1], 0.0] for curve in curves]
     errors = draw(st.lists(floats, min_size=n * len(layers), max_size=n * len(layers)))
     return example(
         layer_ids=layers,
@@ -149,6 +151,7 @@ HOSTILE: dict[str, tuple[str, Edit, str]] = {
     "curves inf": ("sensitivity", put("depthkv.sensitivity", [INF, *CURVES[1:]]), "holds inf"),
     "curves negative": ("sensitivity", put("depthkv.sensitivity", [*CURVES[:5], -1.0]), "holds -1.0"),
     "curves rising": ("sensitivity", put("depthkv.sensitivity", [*CURVES[:4], 1.0, 2.0]), "layer 3 (1.0 to 2.0)"),
+    "curves full": ("sensitivity", put("depthkv.keep_ratios", [0.2, 1.0]), "is 1.0 at a keep ratio of 1 in layer 3"),
     "curves type": ("sensitivity", put("depthkv.sensitivity", [1] * 6, T.ARRAY, T.INT32), "int32"),
     "curves text": ("sensitivity", put("depthkv.sensitivity", ["x"], T.ARRAY, T.STRING), "string"),
     "error missing": ("sensitivity_se", remove("depthkv.sensitivity_se"), "missing"),
@@ -198,6 +201,17 @@ def test_empty_arrays(tmp_path):
 def test_budget(budget):
     with pytest.raises(DepthKVError, match="key depthkv.budget is"):
         to_keys(example(budget=budget))
+
+
+def test_budget_of_a_file(tmp_path):
+    def read(*key):
+        return read_budget(write(tmp_path / "m.gguf", [KeyValue("depthkv.budget", *key)] if key else []))
+
+    assert read() is None
+    assert read(0.3, T.FLOAT32, None) == 0.3
+    for key in ((1.5, T.FLOAT32, None), (NAN, T.FLOAT32, None), (0.3, T.FLOAT64, None), ("0.3", T.STRING, None)):
+        with pytest.raises(DepthKVError, match="m.gguf: key depthkv.budget is .*at most 1"):
+            read(*key)
 
 
 @pytest.mark.parametrize(

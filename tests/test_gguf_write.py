@@ -254,6 +254,25 @@ def test_links(tmp_path, monkeypatch, relation):
     assert leftovers(tmp_path) == []
 
 
+def test_leftovers_of_killed_runs(tmp_path):
+    """Those for this target that are older than this process; none that may be another's."""
+    path = small(tmp_path / "m.gguf")
+    names = {
+        "m.gguf.0123abcd": True,
+        "m.gguf.ffffffff": False,  # young: another process is writing it
+        "m.gguf.0123abcdef": False,
+        "mm.gguf.0123abcd": False,
+        "m_gguf.0123abcd": False,
+    }
+    for name in names:
+        (tmp_path / (name + TEMPORARY_SUFFIX)).touch()
+        if name != "m.gguf.ffffffff":
+            os.utime(tmp_path / (name + TEMPORARY_SUFFIX), (1e9, 1e9))
+    write_calibrated(path, path, make_calibration())
+    left = {found.name.removesuffix(TEMPORARY_SUFFIX) for found in leftovers(tmp_path)}
+    assert left == {name for name, gone in names.items() if not gone}
+
+
 def test_permissions(tmp_path):
     source, target = small(tmp_path / "a.gguf"), tmp_path / "b.gguf"
     target.write_bytes(b"old")

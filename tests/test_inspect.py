@@ -17,6 +17,7 @@ from calibrate.gguf_write import write_calibrated
 from depthkv_edge import Llama
 from depthkv_edge.calibration import Calibration, to_keys
 from depthkv_edge.inspect import inspect_model
+from depthkv_edge.inspect_report import fact_rows
 
 SENSITIVE = (7, 17, 18, 20)
 CURVES = np.full((30, 3), 1e-4, np.float32) * np.array([4, 2, 1], np.float32)
@@ -209,6 +210,31 @@ def test_corrupt_keys(cli, tmp_path, name):
 
     line = refused(cli("inspect", write_llama(tmp_path / "m.gguf", add, n_layers=4)))
     assert f"key depthkv.{key} " in line and part in line
+
+
+@pytest.mark.parametrize("n_ctx", [0, 2**24 + 1, 2**31 + 5, 2**32 - 1])
+def test_context_of_the_file(cli, tmp_path, n_ctx):
+    path = write_llama(tmp_path / "m.gguf", lambda writer: writer.add_uint32("llama.context_length", n_ctx))
+    line = refused(cli("inspect", path))
+    assert f"context of {n_ctx} tokens" in line and "-c" in line
+    assert cli("inspect", path, "-c", 512, "--json").json()["n_ctx"] == 512
+
+
+def test_facts_that_a_file_lacks(tmp_path):
+    path = write_llama(tmp_path / "m.gguf")
+
+    def rows(**changes: Any) -> dict[str, str]:
+        write_calibrated(path, path, make_calibration(2, **changes))
+        return dict(fact_rows(inspect_model(path)))
+
+    found = rows()
+    assert found["calibration"] == "exact on some/model, 4 windows of 2048 tokens, by depthkv-edge 0"
+    assert "3.5 times lower than uniform at a budget of 0.4" in found["quality"]
+    nothing = {"model": "", "corpus": "", "windows": 0, "window_tokens": 0, "method": "", "tool": ""}
+    found = rows(**nothing, gain=float("nan"), stability=float("nan"))
+    assert found["calibration"] == "the file does not say how"
+    assert "corpus" not in found and "quality" not in found
+    assert rows(**nothing | {"windows": 1})["calibration"] == "1 window"
 
 
 @pytest.mark.parametrize("budget", [2.0, "abc", "0.5"])

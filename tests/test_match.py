@@ -150,6 +150,20 @@ def test_other_architectures(tmp_path):
     assert "'nonesuch' is not known" in refused(tmp_path / "n.gguf", N_LAYERS, llama)
 
 
+def test_draft_layers(tmp_path):
+    state = tiny("llama").state_dict()
+    for count, add in ((1, "add_uint32"), ("one", "add_string")):
+        writer = GGUFWriter(tmp_path / "m.gguf", "llama")
+        writer.add_block_count(N_LAYERS)
+        getattr(writer, add)("llama.nextn_predict_layers", count)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        found = refused(tmp_path / "m.gguf", N_LAYERS, state)
+        assert ("has 2 layers" if count == 1 else "key llama.nextn_predict_layers is 'one'") in found
+
+
 def test_nothing_to_compare(tmp_path):
     state = tiny("llama").state_dict()
     path = convert(tmp_path / "m.gguf", "llama", state)

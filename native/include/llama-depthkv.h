@@ -20,7 +20,11 @@
 extern "C" {
 #endif
 
-#define LLAMA_DEPTHKV_VERSION 1
+// changes whenever a struct or a function below does
+#define LLAMA_DEPTHKV_VERSION 2
+
+// the version that the library was built with: structs are passed by value, so check it before anything else
+LLAMA_API int32_t llama_depthkv_version(void);
 
 // the reason why the last call on this thread failed: one line, empty if nothing failed
 LLAMA_API const char * llama_depthkv_last_error(void);

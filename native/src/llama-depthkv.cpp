@@ -15,6 +15,10 @@
 
 static thread_local std::string llama_depthkv_error;
 
+int32_t llama_depthkv_version(void) {
+    return LLAMA_DEPTHKV_VERSION;
+}
+
 const char * llama_depthkv_last_error(void) {
     return llama_depthkv_error.c_str();
 }

@@ -12,7 +12,7 @@ static constexpr double loss_min_rel = 1e-6;
 // least summed loss of all layers; the losses of single layers add up well enough (docs/calibration.md)
 //
 // between two keep ratios the loss of a layer falls exponentially, above the largest one linearly to 0 at a ratio of 1,
-// and below the smallest one it goes on rising as it starts. the lower convex hull of that replaces it. cells then go to
+// and below the smallest one it goes on rising as it starts, at most by that much again. the lower convex hull of that replaces it. cells then go to
 // the layer whose loss falls the most for a byte, which is optimal for convex losses
 class llama_kv_alloc_optimal : public llama_kv_alloc_i {
 public:
@@ -41,10 +41,6 @@ public:
                 hull.push_back(p);
             }
         }
-    }
-
-    const char * name() const override {
-        return "optimal";
     }
 
     double gain(uint32_t il, uint32_t n0, uint32_t n1) const override {
@@ -110,7 +106,8 @@ private:
             ++i;
         }
 
-        const double t = (ratio - ratios[i - 1])/(ratios[i] - ratios[i - 1]);
+        // close ratios say little about what is far below them
+        const double t = std::max(-1.0, (ratio - ratios[i - 1])/(ratios[i] - ratios[i - 1]));
 
         return at(i - 1)*std::pow(at(i)/at(i - 1), t);
     }

@@ -22,10 +22,6 @@ public:
         }
     }
 
-    const char * name() const override {
-        return "proportional";
-    }
-
     double gain(uint32_t il, uint32_t n0, uint32_t n1) const override {
         return weight[il]/(0.5*n0 + 0.5*n1);
     }

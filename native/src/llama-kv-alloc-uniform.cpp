@@ -3,10 +3,6 @@
 // the same number of cells for every layer
 class llama_kv_alloc_uniform : public llama_kv_alloc_i {
 public:
-    const char * name() const override {
-        return "uniform";
-    }
-
     double gain(uint32_t il, uint32_t n0, uint32_t n1) const override {
         (void) il;
         (void) n1;

@@ -112,6 +112,10 @@ std::vector<uint32_t> llama_kv_alloc(const std::string & rule_name, const llama_
         throw std::runtime_error(format("KV allocation rule '%s' needs the sensitivity of every layer: calibrate the model or use uniform", rule_name.c_str()));
     }
 
+    if (!params.cell_bytes.empty() && (params.cell_bytes.size() != n_layers || std::count(params.cell_bytes.begin(), params.cell_bytes.end(), 0) > 0)) {
+        throw std::runtime_error(format("cell_bytes must hold %u sizes above 0", n_layers));
+    }
+
     const auto bytes = [&](uint32_t il) {
         return params.cell_bytes.empty() ? 1 : params.cell_bytes[il];
     };
@@ -135,8 +139,8 @@ std::vector<uint32_t> llama_kv_alloc(const std::string & rule_name, const llama_
     const double limit = (params.budget + 1e-7)*total;
 
     if (used > limit) {
-        throw std::runtime_error(format("layer capacity %u is below the floor %u",
-                (uint32_t) (params.budget*n_ctx)/n_align*n_align, params.n_floor));
+        throw std::runtime_error(format("layer capacity %u is below the floor %u: raise the budget of %g or the context of %u",
+                (uint32_t) (params.budget*n_ctx)/n_align*n_align, n_floor, params.budget, n_ctx));
     }
 
     std::priority_queue<llama_kv_alloc_step> steps;

@@ -40,9 +40,7 @@ class llama_kv_alloc_i {
 public:
     virtual ~llama_kv_alloc_i() = default;
 
-    virtual const char * name() const = 0;
-
-    // what layer il gains per byte when it grows from n0 to n1 cells, must not increase with n0
+    // how much layer il gains when it grows from n0 to n1 cells, must not increase with n0
     virtual double gain(uint32_t il, uint32_t n0, uint32_t n1) const = 0;
 };
 

@@ -130,6 +130,7 @@ static void llama_kv_depth_curves_load(llama_model_loader & ml, llama_kv_depth_p
     const char * key_ratios = "depthkv.keep_ratios";
     const char * key_loss   = "depthkv.sensitivity";
     const char * key_se     = "depthkv.sensitivity_se";
+    const char * key_scorer = "depthkv.scorer";
 
     bool found = false;
     for (const char * key : { key_layers, key_ratios, key_loss, key_se }) {
@@ -137,6 +138,23 @@ static void llama_kv_depth_curves_load(llama_model_loader & ml, llama_kv_depth_p
     }
     if (!found) {
         return;
+    }
+
+    for (const char * key : { key_scorer, "depthkv.sink_tokens", "depthkv.recent_tokens" }) {
+        if (gguf_find_key(ml.metadata, key) < 0) {
+            throw std::runtime_error(format("key '%s' is missing: the other keys of a calibration are there", key));
+        }
+    }
+
+    // the curves were measured with the scorer of the file, an override does not change that
+    {
+        const int64_t id = gguf_find_key(ml.metadata, key_scorer);
+
+        if (gguf_get_kv_type(ml.metadata, id) != GGUF_TYPE_STRING || !llama_kv_score_init(gguf_get_val_str(ml.metadata, id))) {
+            throw std::runtime_error(format("key '%s' must be one of %s", key_scorer, llama_kv_score_names()));
+        }
+
+        params.curve_scorer = gguf_get_val_str(ml.metadata, id);
     }
 
     const auto layers = llama_kv_depth_get_arr_i32(ml, key_layers);
@@ -163,21 +181,18 @@ static void llama_kv_depth_curves_load(llama_model_loader & ml, llama_kv_depth_p
     params.curves.loss   = loss;
     params.curves.check(layers.size(), "key 'depthkv.keep_ratios'", "key 'depthkv.sensitivity'");
 
-    if (gguf_find_key(ml.metadata, key_se) >= 0) {
-        const auto se = llama_kv_depth_get_arr_f32(ml, key_se);
+    const auto se = llama_kv_depth_get_arr_f32(ml, key_se);
 
-        if (se.size() != loss.size()) {
-            throw std::runtime_error(format("key '%s' has %zu values, '%s' has %zu", key_se, se.size(), key_loss, loss.size()));
-        }
-        for (size_t i = 0; i < se.size(); ++i) {
-            if (!std::isfinite(se[i]) || se[i] < 0.0f) {
-                throw std::runtime_error(format("key '%s'[%zu] is %g: a standard error must be finite and not negative", key_se, i, se[i]));
-            }
+    if (se.size() != loss.size()) {
+        throw std::runtime_error(format("key '%s' has %zu values, '%s' has %zu", key_se, se.size(), key_loss, loss.size()));
+    }
+    for (size_t i = 0; i < se.size(); ++i) {
+        if (!std::isfinite(se[i]) || se[i] < 0.0f) {
+            throw std::runtime_error(format("key '%s'[%zu] is %g: a standard error must be finite and not negative", key_se, i, se[i]));
         }
     }
 
     params.curve_layers = layers;
-    params.curve_scorer = params.scorer;
 }
 
 // the curves in the order of the layers that grow with the context
@@ -224,14 +239,6 @@ static void llama_kv_depth_params_load(llama_model_loader & ml, llama_kv_depth_p
         throw std::runtime_error(format("key 'depthkv.budget' is %g: it must be above 0 and at most 1", params.budget));
     }
 
-    // the curves were measured with the scorer of the file, an override does not change that
-    {
-        const int64_t id = gguf_find_key(ml.metadata, "depthkv.scorer");
-        if (id >= 0 && gguf_get_kv_type(ml.metadata, id) == GGUF_TYPE_STRING) {
-            params.scorer = gguf_get_val_str(ml.metadata, id);
-        }
-    }
-
     llama_kv_depth_curves_load(ml, params);
 
     llama_kv_depth_get_str(ml, "depthkv.scorer",        params.scorer);
@@ -267,7 +274,7 @@ void llama_kv_depth_params::check() const {
     // the first token must stay to know where a sequence begins, the last one to know where it ends
     for (const uint32_t n : { n_sink, n_recent }) {
         if (n == 0 || n > 1u << 20) {
-            throw std::runtime_error(format("%u sink tokens and %u recent tokens: use 1 to %u of each", n_sink, n_recent, 1u << 20));
+            throw std::runtime_error(format("%u sink tokens (depthkv.sink_tokens) and %u recent tokens (depthkv.recent_tokens): use 1 to %u of each", n_sink, n_recent, 1u << 20));
         }
     }
 }
@@ -488,8 +495,9 @@ llama_kv_depth_plan llama_kv_depth_plan_init(
     aparams.curves   = llama_kv_depth_curves_select(params, ids);
 
     // fast attention kernels of GPU backends want multiples of 256, but not at the price of a fifth of a small cache
+    // decided by the context alone: with another granularity a larger budget could take cells away
     const bool on_gpu = cparams.offload_kqv && ggml_backend_dev_type(model.dev_layer(ids[0])) != GGML_BACKEND_DEVICE_TYPE_CPU;
-    aparams.n_align = on_gpu && aparams.budget*aparams.n_ctx >= 2048 ? 256 : 32;
+    aparams.n_align = on_gpu && aparams.n_ctx >= 8192 ? 256 : 32;
 
     for (const int32_t il : ids) {
         aparams.cell_bytes.push_back(
@@ -512,7 +520,7 @@ llama_kv_depth_plan llama_kv_depth_plan_init(
     auto cells = llama_kv_alloc(res.params.rule, aparams);
 
     // the curves measured with one scorer say little about another
-    if (!aparams.curves.empty() && params.scorer != params.curve_scorer) {
+    if (res.params.rule != "uniform" && params.cells.empty() && params.scorer != params.curve_scorer) {
         LLAMA_LOG_WARN("%s: the layers were calibrated with scorer '%s', not '%s': expect less of the allocation\n", __func__,
                 params.curve_scorer.c_str(), params.scorer.c_str());
     }

@@ -223,6 +223,21 @@ static void test_optimal() {
     CHECK((alloc(make_params("optimal", std::vector<float>(8, 0.0f), 2, 3200, 0.55, 32)) == std::vector<uint32_t> { 1760, 1760 }));
 }
 
+// close keep ratios with very different losses: what lies far below them must stay finite, and the layer that loses keeps
+static void test_optimal_close_ratios() {
+    for (const float r : { 0.2f, 0.5f }) {
+        const float close[] = { r, r + 0.001f };
+        const std::vector<float> loss = { 2.0f, 1e-6f, 1e-5f, 1e-6f };
+
+        auto params = make_params("optimal", loss, 2, 4096, 0.4, 32);
+        params.n_ratios    = 2;
+        params.keep_ratios = close;
+
+        const auto cells = alloc(params);
+        CHECK(cells[0] > cells[1]);
+    }
+}
+
 // wide cells count for what they take
 static void test_cell_bytes() {
     const uint64_t cell_bytes[] = { 512, 1024, 256 };
@@ -292,6 +307,11 @@ static void test_errors() {
     loss[5] = 2.0f*loss[4];
     expect_error(make_params("uniform", loss, 4, 1024, 0.5, 32), "sensitivity[5]");
 
+    const uint64_t no_bytes[] = { 1, 1, 0, 1 };
+    params = make_params("uniform", {}, 4, 1024, 0.5, 32);
+    params.cell_bytes = no_bytes;
+    expect_error(params, "cell_bytes");
+
     const float descending[] = { 0.4f, 0.2f, 0.1f, 0.05f };
     params = make_params("optimal", loss, 4, 1024, 0.5, 32);
     params.keep_ratios = descending;
@@ -309,6 +329,7 @@ int main() {
     test_uniform();
     test_proportional();
     test_optimal();
+    test_optimal_close_ratios();
     test_cell_bytes();
     test_full();
     test_default();

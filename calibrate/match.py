@@ -89,8 +89,8 @@ def _by_gguf_name(state: Mapping[str, torch.Tensor], names: TensorNameMap) -> di
 
 def _differences(tensors: Mapping[str, ReaderTensor], mapped: Mapping[str, torch.Tensor]) -> Iterable[tuple[str, str]]:
     """Tensors compared, in the order of the file, and what is different; the embedding first, for it says most."""
-    yield EMBEDDING, _embedding_difference(tensors[EMBEDDING], mapped[EMBEDDING])
     norms = [name for name, tensor in tensors.items() if _is_norm(name, tensor)]
+    yield EMBEDDING, _embedding_difference(tensors[EMBEDDING], mapped[EMBEDDING], has_norms=bool(norms))
     if norms and not any(name in mapped for name in norms):
         yield norms[0], "it has no counterpart"
     for name in norms:
@@ -118,7 +118,7 @@ def _norm_difference(tensor: ReaderTensor, parameter: torch.Tensor) -> str:
     return "" if error <= _NORM_ERROR else f"relative difference {error:.2g}"
 
 
-def _embedding_difference(tensor: ReaderTensor, parameter: torch.Tensor) -> str:
+def _embedding_difference(tensor: ReaderTensor, parameter: torch.Tensor, has_norms: bool) -> str:
     if len(tensor.shape) != 2:
         return f"{len(tensor.shape)} dimensions, not 2"
     n_embd, n_vocab = (int(n) for n in tensor.shape)
@@ -128,8 +128,8 @@ def _embedding_difference(tensor: ReaderTensor, parameter: torch.Tensor) -> str:
     rows = np.unique(np.linspace(0, min(n_vocab, parameter.shape[0]) - 1, _N_ROWS).astype(int))
     try:
         stored = dequantize(np.asarray(tensor.data)[rows], tensor.tensor_type).astype(np.float64)
-    except NotImplementedError:
-        return ""  # a type that gguf-py cannot read yet: the norms decide
+    except NotImplementedError:  # by gguf-py, for a quantisation it cannot read yet: then the norms alone decide
+        return "" if has_norms else f"gguf-py cannot read type {tensor.tensor_type.name}, and there are no norms"
     weights = _numpy(parameter[rows.tolist()]).astype(np.float64)
     lengths = np.linalg.norm(stored, axis=1) * np.linalg.norm(weights, axis=1)
     cosines = (stored * weights).sum(axis=1)[lengths > 0] / lengths[lengths > 0]

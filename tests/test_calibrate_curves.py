@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from calibrate.curves import build_curves, curve_correlation, layer_correlation, stability
-from calibrate.heldout import HeldOut
+from calibrate.heldout import DEFAULT_RULE, HeldOut, allocate
+from depthkv_edge import _native
 
 MEASURED = arrays(
     np.float64,
@@ -75,3 +76,11 @@ def test_correlations_of_what_does_not_vary():
 def test_no_gain_asks_for_uniform(uniform, calibrated, gain, rule):
     held_out = HeldOut(uniform, calibrated)
     assert (held_out.gain, held_out.rule) == (pytest.approx(gain), rule)
+
+
+def test_the_rule_that_is_checked_is_the_engines_default():
+    loss = np.float32([[2, 1, 0.5], [0.1, 0.01, 0.001], [1, 0.1, 0.01], [0.3, 0.2, 0.1]])
+    options = dict(keep_ratios=(0.1, 0.2, 0.4), sensitivity=loss, n_floor=68, n_align=32)
+    assert allocate(DEFAULT_RULE, 2048, options["keep_ratios"], loss).cells == tuple(
+        _native.alloc(0.4, 4, 2048, **options)
+    )

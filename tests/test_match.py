@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from gguf.quants import dequantize, quantize
 from tiny import write_mamba
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from calibrate import match
 from calibrate.match import check_match
 from depthkv_edge import DepthKVError
 from depthkv_edge.gguf_file import open_gguf
@@ -207,3 +209,14 @@ def test_same_shapes_random_weights(smollm2, smollm2_state):
     assert "token_embd.weight" in refused(smollm2, 30, random)
     random["model.embed_tokens.weight"] = smollm2_state["model.embed_tokens.weight"]
     assert "norm.weight" in refused(smollm2, 30, random)
+
+
+def test_an_embedding_that_cannot_be_read_leaves_it_to_the_norms(monkeypatch):
+    def unreadable(*arguments):
+        raise NotImplementedError
+
+    monkeypatch.setattr(match, "dequantize", unreadable)
+    tensor = SimpleNamespace(shape=[4, 8], data=np.zeros((8, 4)), tensor_type=GGMLQuantizationType.IQ1_M)
+    assert match._embedding_difference(tensor, torch.zeros(8, 4), has_norms=True) == ""
+    assert "cannot read type IQ1_M" in match._embedding_difference(tensor, torch.zeros(8, 4), has_norms=False)
+    assert "hidden size" in match._embedding_difference(tensor, torch.zeros(8, 5), has_norms=True)

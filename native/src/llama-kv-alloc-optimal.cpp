@@ -9,7 +9,7 @@ static constexpr uint32_t n_points = 256;
 // losses this much smaller than the largest one are noise
 static constexpr double loss_min_rel = 1e-6;
 
-// least summed loss of all layers; the losses of single layers add up well enough (docs/calibration.md)
+// least summed loss of all layers, as if what single layers lose added up
 //
 // between two keep ratios the loss of a layer falls exponentially, above the largest one linearly to 0 at a ratio of 1,
 // and below the smallest one it goes on rising as it starts, at most by that much again. the lower convex hull of that replaces it. cells then go to

@@ -13,6 +13,7 @@ import click
 from depthkv_edge import __version__
 from depthkv_edge.budget import FORMS, parse_budget
 from depthkv_edge.cli_calibrate import calibrate
+from depthkv_edge.cli_eval import evaluate
 from depthkv_edge.cli_inspect import inspect
 from depthkv_edge.errors import DepthKVError
 from depthkv_edge.models import resolve_model
@@ -28,6 +29,7 @@ def cli() -> None:
 
 
 cli.add_command(calibrate)
+cli.add_command(evaluate)
 cli.add_command(inspect)
 
 

@@ -148,9 +148,7 @@ class Llama(llama_cpp.Llama):
         return super().__getstate__() | {"flash_attn": self._flash_attn, "swa_full": self._swa_full}
 
 
-def _check_options(
-    scorer: str | None, rule: str | None, n_sink: int | None, n_recent: int | None, n_ctx: int
-) -> None:
+def _check_options(scorer: str | None, rule: str | None, n_sink: int | None, n_recent: int | None, n_ctx: int) -> None:
     if scorer is not None and scorer not in _native.SCORERS:
         raise DepthKVError(f"scorer {scorer!r} is not known: give one of {', '.join(_native.SCORERS)}")
     if rule is not None and rule not in _native.RULES:

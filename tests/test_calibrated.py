@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import random
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,11 +10,13 @@ import numpy as np
 import pytest
 from test_calibration_keys import example
 
-from benchmarks.f32 import write_f32
-from benchmarks.kl import Setting, compare, first_tokens, load_model
 from calibrate.gguf_write import write_calibrated
 from depthkv_edge import DepthKVError, Llama, _native
 from depthkv_edge.calibration import Calibration
+from depthkv_edge.evaluation.engine import load_model
+from depthkv_edge.evaluation.f32 import write_f32
+from depthkv_edge.evaluation.language import run_window
+from depthkv_edge.evaluation.rows import build_rows
 
 N_LAYERS, ALIGN, FLOOR = 30, 32, 4 + 32 + 32  # sinks, recent tokens, the smallest ubatch
 
@@ -110,18 +111,14 @@ def test_run_says_how_layers_are_sized(cli, model, smollm2):
 
 
 def test_better_than_uniform_and_only_in_the_right_layers(model, text, tmp_path):
-    """The control: the same capacities dealt to other layers are worse than equal ones."""
+    """Controls: capacities dealt to other layers are worse than equal ones, random tokens worse than scored ones."""
     f32 = tmp_path / "f32.gguf"
     write_f32(model, f32)
     n_ctx, budget = 2048, 0.3
-    cells = [layer.cells for layer in stats_of(f32, n_ctx=n_ctx, kv_budget=budget).layers]
-    random.Random(0).shuffle(cells)
-    settings = {
-        "calibrated": Setting(budget),
-        "uniform": Setting(budget, rule="uniform"),
-        "shuffled": Setting(cells=tuple(cells)),
-    }
-    with load_model(f32) as loaded:
-        found = compare(loaded, first_tokens(loaded, text, n_ctx), settings, n_threads=2, n_scored=n_ctx // 2)
-    kl = {name: agreement.to_dict()["kl"] for name, agreement in found.items()}
-    assert 0 < 1.5 * kl["calibrated"] < kl["uniform"] < kl["shuffled"], kl
+    with load_model(f32, n_threads=2) as loaded:
+        tokens = (loaded.bos + loaded.tokenize(text[: 8 * n_ctx]))[:n_ctx]
+        rows = build_rows(loaded, f32, ["depth", "uniform", "shuffled", "random"], [budget], n_ctx, seed=0)
+        found = run_window(loaded, rows, tokens)
+    kl = {row.method: np.mean(found[row.label]["kl"]) for row in rows}
+    assert 0 < 1.5 * kl["depth"] < kl["uniform"] < min(kl["shuffled"], kl["random"]), kl
+    assert kl["full"] == 0 and kl["noise"] < 0.01 * kl["depth"]

@@ -1,0 +1,1 @@
+"""What is reported: one metric, one file, from the records of a row to its numbers."""

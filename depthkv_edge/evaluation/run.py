@@ -1,0 +1,192 @@
+"""One evaluation, from what was asked for to the report: resumable, a window or a task's item at a time."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Protocol
+
+from depthkv_edge import _log
+from depthkv_edge.errors import DepthKVError
+from depthkv_edge.evaluation.engine import Model, Stopped, load_model
+from depthkv_edge.evaluation.f32 import write_f32
+from depthkv_edge.evaluation.language import run_window
+from depthkv_edge.evaluation.metrics.decode import decode_speed
+from depthkv_edge.evaluation.metrics.kl import WindowId, kl
+from depthkv_edge.evaluation.metrics.perplexity import perplexity
+from depthkv_edge.evaluation.metrics.top1 import top1
+from depthkv_edge.evaluation.report import Report, RowResult
+from depthkv_edge.evaluation.rows import Row, build_rows, kv_bytes
+from depthkv_edge.evaluation.settings import LANGUAGE, Settings
+from depthkv_edge.evaluation.store import Record, Store, cache_dir
+from depthkv_edge.evaluation.tasks import build_tasks
+from depthkv_edge.evaluation.tasks.task import Task
+from depthkv_edge.evaluation.texts import windows
+
+
+class Watcher(Protocol):
+    """Is told how an evaluation gets on, from several threads."""
+
+    def begin(self, total: int) -> None:
+        """Tokens to compute, without those of an earlier run."""
+
+    def title(self, text: str) -> None:
+        """What begins now."""
+
+    def advance(self, n_tokens: int) -> None:
+        """Tokens computed since the last call."""
+
+
+def evaluate(settings: Settings, watcher: Watcher, command: str) -> Report:
+    """Measure every row, and report.
+
+    An interrupt leaves what was measured in the cache directory, and the next call with the same settings goes on
+    there.
+
+    Args:
+        command: that the report names.
+
+    Raises:
+        DepthKVError: a text is too short, the engine refuses a row, a task does not fit the context, the disk is full.
+    """
+    started = time.perf_counter()
+    with load_model(_weights(settings), settings.n_threads) as model, _interruptible(model.stopping):
+        rows = build_rows(model, settings.model, settings.methods, settings.budgets, settings.n_ctx, settings.seed)
+        names = [name for name in settings.tasks if name != LANGUAGE]
+        evaluation = _Evaluation(
+            settings, model, rows, build_tasks(names, model, settings.texts, settings.n_ctx, settings.seed), watcher
+        )
+        results = evaluation.run()
+        return Report(command, settings, results, time.perf_counter() - started)
+
+
+@contextlib.contextmanager
+def _interruptible(stopping: threading.Event) -> Iterator[None]:
+    """Let Ctrl-C stop the next decode, on whatever thread: raised at once, it may be lost in llama.cpp's log callback.
+
+    A second one is raised at once.
+    """
+
+    def stop(signum: int, frame: object) -> None:
+        if stopping.is_set():
+            raise KeyboardInterrupt
+        stopping.set()
+
+    if threading.current_thread() is not threading.main_thread():  # which alone can handle signals
+        yield
+        return
+    previous = signal.signal(signal.SIGINT, stop)
+    try:
+        yield
+        interrupted = stopping.is_set()
+    except Stopped:
+        interrupted = True
+    finally:
+        signal.signal(signal.SIGINT, previous)
+    if interrupted:
+        raise KeyboardInterrupt
+
+
+def forget(settings: Settings) -> None:
+    """Remove what `evaluate` left: the report has been written."""
+    for path in (cache_dir() / "eval").glob(f"{settings.key()}*"):
+        path.unlink(missing_ok=True)
+
+
+class _Evaluation:
+    """Runs what the store lacks, then reads everything from it."""
+
+    def __init__(self, settings: Settings, model: Model, rows: list[Row], tasks: Sequence[Task], watcher: Watcher):
+        self.settings = settings
+        self.model = model
+        self.rows = rows
+        self.tasks = tasks
+        self.watcher = watcher
+        self.store = Store(cache_dir() / "eval" / f"{settings.key()}.jsonl")
+        self.windows = self._windows() if LANGUAGE in settings.tasks else {}
+
+    def run(self) -> list[RowResult]:
+        missing = [i for i in self.windows if not all(_window_key(i, row) in self.store for row in self.rows)]
+        asked = [(task, item, row) for task in self.tasks for item in range(task.n_items) for row in self.rows]
+        unanswered = [ask for ask in asked if _task_key(*ask) not in self.store]
+        self.watcher.begin(
+            len(missing) * len(self.rows) * self.settings.n_ctx + sum(task.cost(item) for task, item, _ in unanswered)
+        )
+        for i in missing:
+            self._run_window(i)
+        # an item is one row's: rows are run side by side, a thread each
+        with ThreadPoolExecutor(self.model.n_threads, initializer=_log.silence) as pool:
+            running = [pool.submit(self._run_item, *ask) for ask in unanswered]
+            try:
+                for future in running:
+                    future.result()
+            except BaseException:
+                self.model.stopping.set()
+                pool.shutdown(cancel_futures=True)
+                raise
+        return [self._result(row) for row in self.rows]
+
+    def _windows(self) -> dict[WindowId, list[int]]:
+        return {
+            (i, j): tokens
+            for i, text in enumerate(self.settings.texts)
+            for j, tokens in enumerate(windows(self.model, text, self.settings.n_ctx, self.settings.windows))
+        }
+
+    def _run_window(self, i: WindowId) -> None:
+        self.watcher.title(f"{self.settings.texts[i[0]].name}, window {i[1] + 1}")
+        found = run_window(self.model, self.rows, self.windows[i], self.watcher.advance)
+        for row in self.rows:
+            self.store[_window_key(i, row)] = found[row.label]
+
+    def _run_item(self, task: Task, item: int, row: Row) -> None:
+        self.watcher.title(f"{task.name} {item + 1} of {task.n_items}, {row.label}")
+        self.store[_task_key(task, item, row)] = task.run(replace(self.model, n_threads=1), row, item)
+        self.watcher.advance(task.cost(item))
+
+    def _result(self, row: Row) -> RowResult:
+        metrics: dict[str, Record] = {}
+        found, reference = ({i: self.store[_window_key(i, r)] for i in self.windows} for r in (row, self.rows[0]))
+        if self.windows:
+            metrics = {
+                "kl": kl(found, [text.name for text in self.settings.texts]),
+                "perplexity": perplexity(found, reference),
+                "top1": top1(found),
+                "decode": decode_speed(found, reference),
+            }
+        for task in self.tasks:
+            records, references = (
+                {item: self.store[_task_key(task, item, r)] for item in range(task.n_items)}
+                for r in (row, self.rows[0])
+            )
+            metrics |= task.columns(records, references)
+        return RowResult(row, kv_bytes(self.model, row, self.settings.n_ctx), found.get((0, 0)), metrics)
+
+
+def _window_key(i: WindowId, row: Row) -> str:
+    return f"{LANGUAGE}/{i[0]}/{i[1]}/{row.method}/{row.budget}"
+
+
+def _task_key(task: Task, item: int, row: Row) -> str:
+    return f"{task.name}/{item}/{row.method}/{row.budget}"
+
+
+def _weights(settings: Settings) -> Path:
+    """The file to load: the model's own, or a dequantised copy that stays until `forget`."""
+    path = settings.model
+    if settings.reference == "f32":
+        path = cache_dir() / "eval" / f"{settings.key()}-f32.gguf"
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_f32(settings.model, path)
+        except OSError as error:
+            raise DepthKVError(
+                f"cannot write F32 weights to {path}: {error.strerror}; set XDG_CACHE_HOME to a directory with room"
+            ) from None
+    return path

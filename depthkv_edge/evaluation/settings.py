@@ -1,0 +1,62 @@
+"""What is evaluated."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from depthkv_edge.bench.facts import engine_facts
+from depthkv_edge.evaluation.store import digest
+from depthkv_edge.evaluation.texts import Text
+
+LANGUAGE = "language"
+REFERENCES = ("native", "f32")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is evaluated.
+
+    Attributes:
+        model: path of a GGUF.
+        texts: running text, and what tasks hide their needles in.
+        n_ctx: tokens of a window, and of the full cache.
+        budgets: shares of the full cache.
+        methods: see `depthkv_edge.evaluation.rows.METHODS`.
+        tasks: LANGUAGE and names of `depthkv_edge.evaluation.tasks.TASKS`.
+        windows: of each text.
+        reference: "native": the weights of the file; "f32": the same, dequantised.
+        seed: of everything that is drawn.
+        n_threads: CPU threads.
+    """
+
+    model: Path
+    texts: tuple[Text, ...]
+    n_ctx: int
+    budgets: tuple[float, ...]
+    methods: tuple[str, ...]
+    tasks: tuple[str, ...]
+    windows: int = 1
+    reference: str = "native"
+    seed: int = 0
+    n_threads: int = 1
+
+    def key(self) -> str:
+        """Differs whenever a record may differ."""
+        stat = self.model.stat()
+        facts = {
+            "model": [str(self.model.resolve()), stat.st_size, stat.st_mtime_ns],
+            "texts": [[text.name, hashlib.sha256(text.content.encode()).hexdigest()] for text in self.texts],
+            "engine": engine_facts(),
+            "settings": [self.n_ctx, self.windows, self.reference, self.seed, self.n_threads],
+        }
+        return digest(facts)
+
+
+def default_threads() -> int:
+    """The physical cores."""
+    return psutil.cpu_count(logical=False) or os.cpu_count() or 1

@@ -99,7 +99,7 @@ def simulate(
                 )
                 pos_scored = int(new[-1])
         if n_free < n:
-            _free(cells, scorer, max(n - n_free, min(N_EVICT_BATCH, n_cells // 32)))
+            evict(cells, scorer, max(n - n_free, min(N_EVICT_BATCH, n_cells // 32)))
         if start + n > first:
             held.append(Held(start, cells.pos))
         _add(cells, start, n)
@@ -107,7 +107,8 @@ def simulate(
     return held
 
 
-def _free(cells: Cells, scorer: Scorer, n_evict: int) -> None:
+def evict(cells: Cells, scorer: Scorer, n_evict: int) -> None:
+    """Free the cells of lowest score outside sinks and recent tokens."""
     scores = scorer.score(cells)
     # a broken key or value must not break the order of the others
     scores = np.where(np.isnan(scores), np.float32(-np.inf), scores)

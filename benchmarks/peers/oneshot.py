@@ -1,0 +1,183 @@
+"""Ours in kvpress's regime: the prompt is read whole, each layer evicts once, then the cache grows.
+
+In torch, by the engine's rules (calibrate.evict) with the same scorer. Not faithful to the engine, which never holds
+the whole prompt: here every query has seen all of it. One full cache is kept, and what a layer has lost is masked; the
+cells reported are those of a layer that evicts right after its attention.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from transformers import DynamicCache
+
+from benchmarks.peers.plan import FULL, ONCE, Item, Plan, Window, one_pass_cells, record_key
+from benchmarks.peers.score import ask, score_tail
+from calibrate.attention import AttentionCall, attend, attention_weights, observe
+from calibrate.evict import N_CELLS_MIN, N_QUERY_SPAN_PP, N_WARMUP, evict, sampled_queries
+from calibrate.score_attention import ATTENTION
+from calibrate.score_streaming import STREAMING
+from calibrate.scorer import Attention, Cells, Scorer
+from calibrate.target import Target
+from calibrate.window import copy_cache
+from depthkv_edge import _native
+from depthkv_edge.calibration import Calibration
+from depthkv_edge.evaluation.progress import TerminalWatcher
+from depthkv_edge.evaluation.store import Record, Store
+
+METHODS = ("depth", "uniform", "streaming")
+
+_CHUNK = 512  # tokens of one forward pass of the prompt: bounds the activations
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt in a full cache.
+
+    Attributes:
+        cells: of each layer, as its scorer sees them at the end of the prompt.
+        cache: copies of it are run on, it stays as it is.
+    """
+
+    target: Target
+    n_tokens: int
+    cells: tuple[Cells, ...]
+    cache: DynamicCache
+
+
+def read_prompt(target: Target, tokens: Sequence[int], scorer: Scorer = ATTENTION) -> Prompt:
+    """Run a prompt, and have its cells judged by the queries that the engine would sample from its end.
+
+    The engine counts the attention of N_WARMUP tokens before a layer evicts for the first time, in steps of
+    N_QUERY_SPAN_PP tokens of which a few are sampled.
+    """
+    ids = torch.tensor([list(tokens)], device=target.device)
+    n_tokens = len(tokens)
+    judging = max(0, n_tokens - N_WARMUP - N_QUERY_SPAN_PP)  # start of the pass that holds every sampled query
+    cells: dict[int, Cells] = {}
+
+    def judge(call: AttentionCall) -> torch.Tensor:
+        cells[call.layer] = judged_cells(scorer, call)
+        return attend(call)
+
+    cache = target.new_cache()
+    with torch.no_grad():
+        for at in range(0, judging, _CHUNK):
+            with observe(attend):
+                target.hidden(ids[:, at : min(at + _CHUNK, judging)], cache)
+        with observe(judge):
+            target.hidden(ids[:, judging:], cache)
+    return Prompt(target, n_tokens, tuple(cells[layer] for layer in target.layer_ids), cache)
+
+
+def judged_cells(scorer: Scorer, call: AttentionCall) -> Cells:
+    """The cells of a layer with what the queries of the last tokens say of them.
+
+    Args:
+        call: of the last tokens of a prompt, at least N_WARMUP + N_QUERY_SPAN_PP of them or all.
+    """
+    n_tokens, n_queries = call.key.shape[2], call.query.shape[2]
+    pos = np.arange(n_tokens)
+    cells = Cells(call.layer, pos, np.zeros(n_tokens, np.float32), np.zeros(n_tokens, np.float32))
+    if not scorer.needs_attn:
+        return cells
+    first = n_tokens - n_queries
+    # of tokens that have not come yet, queries say nothing: they stay at 0
+    ends = [end for end in range(n_tokens, 0, -N_QUERY_SPAN_PP) if end >= n_tokens - N_WARMUP and end > first][::-1]
+    for i, end in enumerate(ends):
+        start = max(first, end - N_QUERY_SPAN_PP)
+        queries = start + sampled_queries(scorer, end - start, end - start)[0]
+        mass = _attention_mass(call, torch.from_numpy(queries - first), queries, scorer.weights_value)
+        scorer.accumulate(cells, Attention(mass, queries), int(queries[-1]) - (ends[i - 1] - 1 if i else 0))
+    return cells
+
+
+def _attention_mass(call: AttentionCall, rows: torch.Tensor, queries: np.ndarray, weights_value: bool) -> np.ndarray:
+    """Float32 [n_tokens] that some queries give to each cell, summed over them and the heads.
+
+    Args:
+        rows: of the queries in the call.
+        queries: their positions.
+    """
+    n_heads, n_heads_kv, n_tokens = call.query.shape[1], call.key.shape[1], call.key.shape[2]
+    n_group = n_heads // n_heads_kv
+    device = call.key.device
+    mask = torch.arange(n_tokens, device=device)[None] <= torch.from_numpy(queries).to(device)[:, None]
+    key = call.key[0].repeat_interleave(n_group, dim=0)
+    weights = attention_weights(call.query[0][:, rows.to(device)], key, mask, call)
+    mass = weights.reshape(n_heads_kv, -1, n_tokens).sum(dim=1)
+    if weights_value:
+        mass = mass * call.value[0].float().abs().sum(dim=-1)
+    return mass.sum(dim=0).cpu().numpy()
+
+
+def keep(prompt: Prompt, scorer: Scorer, n_cells: Sequence[int]) -> list[np.ndarray]:
+    """Positions, ascending, that each layer keeps when it evicts down to so many cells at once."""
+    kept = []
+    for judged, n in zip(prompt.cells, n_cells, strict=True):
+        cells = replace(judged)
+        if n < prompt.n_tokens:
+            evict(cells, scorer, prompt.n_tokens - n)
+        kept.append(cells.pos)
+    return kept
+
+
+def predict(prompt: Prompt, kept: Sequence[np.ndarray], tokens: Sequence[int]) -> torch.Tensor:
+    """Logits [n, n_vocab] of what follows each token after a prompt, of which each layer holds some positions."""
+    target = prompt.target
+    held = dict(zip(target.layer_ids, kept, strict=True))
+
+    def observer(call: AttentionCall) -> torch.Tensor:
+        if len(held[call.layer]) == prompt.n_tokens:
+            return attend(call)
+        mask = torch.zeros_like(call.mask)
+        mask[..., torch.from_numpy(held[call.layer])] = True
+        mask[..., prompt.n_tokens :] = True
+        return attend(call, mask & call.mask)
+
+    ids = torch.tensor([list(tokens)], device=target.device)
+    with torch.no_grad(), observe(observer):
+        return target.logits(target.hidden(ids, copy_cache(prompt.cache)))
+
+
+def allocate(calibration: Calibration, method: str, ratio: float, n_prompt: int) -> list[int]:
+    """Cells of every layer, by the engine's allocator: in all what kvpress keeps, which rounds a layer's down.
+
+    Raises:
+        DepthKVError: the ratio is below what a layer needs.
+    """
+    curves = {"keep_ratios": calibration.keep_ratios, "sensitivity": calibration.sensitivity}
+    rule = {"rule": calibration.rule or None} | curves if method == "depth" else {"rule": "uniform"}
+    return _native.alloc(
+        int(n_prompt * ratio) / n_prompt, len(calibration.layer_ids), n_prompt, n_floor=N_CELLS_MIN, **rule
+    )
+
+
+def measure(target: Target, calibration: Calibration, plan: Plan, store: Store) -> None:
+    """Everything that is not in the store yet."""
+    todo = plan.missing(store, ONCE, METHODS)
+    with TerminalWatcher() as watcher:
+        watcher.begin(sum(item.n_prompt + (1 + len(missing)) * item.n_after for item, missing in todo))
+        for item, missing in todo:
+            watcher.title(f"ours, evicting once: {item.text}")
+            prompt = read_prompt(target, item.prompt)
+            watcher.advance(item.n_prompt)
+            everything = keep(prompt, ATTENTION, [item.n_prompt] * len(prompt.cells))
+            reference = predict(prompt, everything, item.tail) if isinstance(item, Window) else None
+            for method, ratio in [(FULL, 1.0), *missing]:
+                kept = everything
+                if method != FULL:
+                    scorer = STREAMING if method == "streaming" else ATTENTION
+                    kept = keep(prompt, scorer, allocate(calibration, method, ratio, item.n_prompt))
+                store[record_key(item, ONCE, method, ratio)] = _record(prompt, kept, item, reference)
+                watcher.advance(item.n_after)
+
+
+def _record(prompt: Prompt, kept: list[np.ndarray], item: Item, reference: torch.Tensor | None) -> Record:
+    cells = {"cells": one_pass_cells([len(pos) for pos in kept], item.n_prompt, item.n_tail)}
+    if isinstance(item, Window):
+        return cells | score_tail(reference, predict(prompt, kept, item.tail), item.tail)
+    return cells | ask(item, lambda tokens: predict(prompt, kept, tokens))

@@ -56,8 +56,3 @@ def reason(lines: list[str]) -> str:
         if text and "failed to load" not in text:
             return f"damaged or incomplete ({text})" if origin.startswith("gguf_") else text
     return ""
-
-
-def silence() -> None:
-    """Print nothing that llama.cpp logs on this thread, for the rest of the thread's life."""
-    _capture.lines, _capture.verbose, _capture.level = [], False, 0

@@ -12,6 +12,7 @@ import click
 
 from depthkv_edge import __version__
 from depthkv_edge.budget import FORMS, parse_budget
+from depthkv_edge.cli_bench import bench
 from depthkv_edge.cli_calibrate import calibrate
 from depthkv_edge.cli_eval import evaluate
 from depthkv_edge.cli_inspect import inspect
@@ -28,6 +29,7 @@ def cli() -> None:
     """Run a GGUF model in a KV cache that is smaller than its context."""
 
 
+cli.add_command(bench)
 cli.add_command(calibrate)
 cli.add_command(evaluate)
 cli.add_command(inspect)

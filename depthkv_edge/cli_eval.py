@@ -29,6 +29,7 @@ _MIN_CTX = 256
 @click.option("--tasks", metavar="LIST", help="What is measured; `--tasks help` lists them.")
 @click.option("--full", is_flag=True, help="Every method and task: hours.")
 @click.option("--windows", type=int, default=1, show_default=True, metavar="N", help="Windows of each text.")
+@click.option("--items", type=int, metavar="N", help="Of each task. Default: 1 for retrieval, all of them with --full.")
 @click.option(
     "--reference",
     type=click.Choice(["native", "f32"]),
@@ -51,6 +52,7 @@ def evaluate(
     tasks: str | None,
     full: bool,
     windows: int,
+    items: int | None,
     reference: str,
     seed: int,
     threads: int | None,
@@ -64,7 +66,12 @@ def evaluate(
     MODEL is the path of a GGUF, or smollm2 for the packaged one. Every row runs the same text in the same engine; an
     interrupted evaluation goes on where it was when the same command runs again.
     """
-    for name, value, least in (("-c", ctx, _MIN_CTX), ("--windows", windows, 1), ("--threads", threads, 1)):
+    for name, value, least in (
+        ("-c", ctx, _MIN_CTX),
+        ("--windows", windows, 1),
+        ("--items", items, 1),
+        ("--threads", threads, 1),
+    ):
         if value is not None and value < least:
             raise DepthKVError(f"{name} {value} is too small: give {least} or more")
     path = resolve_model(model)
@@ -116,6 +123,7 @@ def evaluate(
         tasks=chosen_tasks,
         windows=windows,
         reference=reference,
+        n_items=_items(chosen_tasks, items, full),
         seed=seed,
         n_threads=threads or default_threads(),
     )
@@ -132,6 +140,12 @@ def evaluate(
     else:
         print_report(report)
     forget(settings)
+
+
+def _items(tasks: tuple[str, ...], items: int | None, full: bool) -> tuple[tuple[str, int], ...]:
+    if items is not None:
+        return tuple((name, items) for name in tasks)
+    return () if full else (("retrieval", 1),)
 
 
 def _check_targets(plot: str | None, html: str | None) -> None:

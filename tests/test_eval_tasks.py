@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import re
 from collections import Counter
+from dataclasses import replace
 from itertools import pairwise
 from types import SimpleNamespace
 
@@ -24,6 +25,7 @@ from depthkv_edge.evaluation.tasks.reading import Passage, ask
 from depthkv_edge.evaluation.texts import Text, default_texts, excerpt, read_texts, windows
 
 N_CTX = 512
+SMALL = 256  # tokens: enough for what is about the cache and not about the model
 READING = (retrieval, variables, words, instruction)
 FULL_ROW = Row(FULL)
 
@@ -46,7 +48,7 @@ def filler(text) -> list[Text]:
 @pytest.fixture(scope="module")
 def keys(model, filler):
     """Retrieval with few keys."""
-    return retrieval.build(model, filler, N_CTX, 0, n_items=1, n_keys=4)
+    return retrieval.build(model, filler, N_CTX, 0, n_items=1, n_keys=3)
 
 
 def by_depth(task, record):
@@ -158,45 +160,47 @@ def test_the_full_cache_finds_keys_and_a_small_one_loses_those_in_the_middle(mod
     assert lost[-1] == pytest.approx(full[-1], abs=2), "the last key is still held"
 
 
-def test_columns_count_every_answer(model, keys):
-    record = keys.run(model, streaming(0.5), 0)
+def test_columns_count_every_answer(keys):
+    record = {
+        "passkey": {"log_prob": [-1.0], "exact": [True]},
+        "multikey": {"log_prob": [-2.0, -4.0], "exact": [True, False]},
+    }
     columns = keys.columns({0: record, 1: record}, {})
-    assert {metric: numbers["n"] for metric, numbers in columns.items()} == {"passkey": 2, "multikey": 8}
-    assert columns["multikey"]["log_prob"] == pytest.approx(np.mean(record["multikey"]["log_prob"]))
-    assert columns["multikey"]["low"] <= columns["multikey"]["log_prob"] <= columns["multikey"]["high"]
+    assert columns["passkey"] == {"log_prob": -1, "low": -1, "high": -1, "exact": 1, "n": 2}
+    assert (columns["multikey"]["log_prob"], columns["multikey"]["exact"], columns["multikey"]["n"]) == (-3, 0.5, 4)
 
 
 @pytest.mark.parametrize(
     "row",
     [
-        streaming(0.3),
-        Row("context-shift", when_full="shift", n_cells=200),
-        Row("truncate", when_full="reread", n_cells=200),
+        streaming(0.5),
+        Row("context-shift", when_full="shift", n_cells=100),
+        Row("truncate", when_full="reread", n_cells=100),
     ],
 )
 def test_each_question_is_asked_from_the_same_state(model, keys, row):
-    passage = keys.passages[0]
-    backwards = Passage(passage.context, passage.questions[::-1])
-    with row.open(model, N_CTX) as stream:
-        record = ask(stream, passage)
-    with row.open(model, N_CTX) as stream:
-        again = ask(stream, backwards)
-    assert {metric: answers["log_prob"][::-1] for metric, answers in again.items()} == {
-        metric: answers["log_prob"] for metric, answers in record.items()
-    }
-    assert len(record["multikey"]["exact"]) == 4
+    context = keys.passages[0].context[:150]
+    asked = [question for question in keys.passages[0].questions if question.metric == "multikey"]
+    questions = [replace(question, prompt=question.prompt[-20:]) for question in asked[:2]]
+    with row.open(model, SMALL) as stream:
+        forwards = ask(stream, Passage(context, tuple(questions)))["multikey"]
+    with row.open(model, SMALL) as stream:
+        backwards = ask(stream, Passage(context, tuple(questions[::-1])))["multikey"]
+    assert len(forwards["exact"]) == 2
+    assert forwards["log_prob"] == backwards["log_prob"][::-1]
+    assert forwards["log_prob"][0] != forwards["log_prob"][1]
 
 
 def test_chains_and_words_are_read(model, filler):
-    for module, chance in ((variables, 5 * np.log(10)), (words, np.log(2000))):
-        task = module.build(model, filler, N_CTX, 0, n_items=1)
+    for module, n_ctx, chance in ((variables, N_CTX, 5 * np.log(10)), (words, SMALL, np.log(2000))):
+        task = module.build(model, filler, n_ctx, 0, n_items=1)
         (numbers,) = task.columns({0: task.run(model, FULL_ROW, 0)}, {}).values()
         assert -chance + 2 < numbers["log_prob"] < 0
 
 
 def test_a_pinned_instruction_outlives_eviction(model, filler):
-    task = instruction.build(model, filler, N_CTX, 0, n_items=1)
-    small = task.columns({0: task.run(model, streaming(0.3), 0)}, {})
+    task = instruction.build(model, filler, SMALL, 0, n_items=1)
+    small = task.columns({0: task.run(model, streaming(0.5), 0)}, {})
     full = task.columns({0: task.run(model, FULL_ROW, 0)}, {})
     assert small["instruction_pinned"]["log_prob"] > small["instruction_unpinned"]["log_prob"] + 2
     assert full["instruction_pinned"] == full["instruction_unpinned"]
@@ -205,8 +209,8 @@ def test_a_pinned_instruction_outlives_eviction(model, filler):
 
 @pytest.mark.parametrize("module, best", [(greedy, ("agreement", 1)), (summary, ("rougeL", 1))])
 def test_generated_text_against_the_full_cache(model, filler, module, best):
-    task = module.build(model, filler, N_CTX, 0, n_items=1, n_predict=24)
-    reference, record = ({0: task.run(model, row, 0)} for row in (FULL_ROW, streaming(0.25)))
+    task = module.build(model, filler, SMALL, 0, n_items=1, n_predict=24)
+    reference, record = ({0: task.run(model, row, 0)} for row in (FULL_ROW, streaming(0.4)))
     assert reference[0]["text"] == model.detokenize(reference[0]["tokens"])
     metric, value = best
     full, small = (task.columns(found, reference)[module.NAME] for found in (reference, record))
@@ -223,7 +227,7 @@ def test_greedy_text_differs_first_where_it_differs(model, filler):
 
 @pytest.mark.parametrize("when_full", ["shift", "reread"])
 def test_text_is_generated_in_a_smaller_window(model, filler, when_full):
-    task = greedy.build(model, filler, N_CTX, 0, n_items=1, n_predict=12)
+    task = greedy.build(model, filler, SMALL, 0, n_items=1, n_predict=12)
     assert len(task.run(model, Row("small", when_full=when_full, n_cells=100), 0)["tokens"]) == 12
 
 
@@ -298,7 +302,7 @@ def test_default_texts():
     assert min(len(text.content) for text in texts) > 300_000
     scripture = texts[0].content
     assert scripture.startswith("Now there was a certain man of Ramathaim-zophim, of mount Ephraim, and his name was")
-    assert scripture.endswith("Amen.\n") and not re.search(r"[\d\[\]<>]", scripture)
+    assert scripture.endswith("be with you all. Amen.") and not re.search(r"[\d\[\]<>]", scripture)
 
 
 def test_missing_package(monkeypatch):

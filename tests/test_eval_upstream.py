@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from depthkv_edge import _library
 from depthkv_edge.evaluation.engine import load_model
 from depthkv_edge.evaluation.language import run_window
 from depthkv_edge.evaluation.metrics.kl import kl
@@ -32,7 +31,7 @@ def upstream(smollm2: Path, text: str, tmp_path_factory: pytest.TempPathFactory)
     """What llama-perplexity prints, by type."""
     directory = tmp_path_factory.mktemp("upstream")
     (directory / "text.txt").write_text(text[: 16 * N_CTX])  # it wants two windows to measure one
-    program = _library.library_dir() / "llama-perplexity"
+    program = Path(__file__).parents[1] / "build" / "engine" / "bin" / "llama-perplexity"
     if not program.exists():
         pytest.fail(f"{program} is not built: run scripts/setup.sh --test")
     common = [program, "-m", smollm2, "-f", directory / "text.txt", "-c", N_CTX, "-b", N_CTX, "-ub", N_CTX]

@@ -35,8 +35,7 @@ class Model:
         handle: the llama_model.
         path: its file.
         n_threads: CPU threads of every context.
-        stopping: when set, every `decode` raises Stopped: contexts may be busy on other threads than the one that is
-            interrupted.
+        stopping: when set, streams raise Stopped.
     """
 
     handle: Any

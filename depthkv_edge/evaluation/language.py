@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from depthkv_edge import _log
 from depthkv_edge.evaluation.engine import Model
 from depthkv_edge.evaluation.rows import Row
 from depthkv_edge.evaluation.store import Record
@@ -32,7 +30,7 @@ def run_window(
     Args:
         rows: FULL comes first.
         tokens: [n_ctx]
-        on_tokens: called with the number of tokens that were computed since the last call, on any thread.
+        on_tokens: called with the number of tokens that were computed since the last call.
 
     Returns:
         By row label: `kl` nats, `nll` nats, `top1` [n_scored] of the tokens scored; `seconds` [N_DECODE] that each
@@ -42,35 +40,20 @@ def run_window(
     first, last = n_ctx // 2, n_ctx - min(N_DECODE, n_ctx // 8)
     with contextlib.ExitStack() as stack:
         lanes = [_Lane(stack.enter_context(row.open(model, n_ctx)), on_tokens) for row in rows]
-        full = lanes[0]
-        pool = stack.enter_context(ThreadPoolExecutor(model.n_threads, initializer=_log.silence))
-
-        def on_each(work: Callable[[_Lane], None]) -> None:
-            # A thread for each row is faster than all threads on one row at a time.
-            futures = [pool.submit(work, lane) for lane in lanes]
-            try:
-                for future in futures:
-                    future.result()
-            except BaseException:
-                model.stopping.set()
-                raise
-
-        for lane in lanes:
-            lane.stream.set_threads(1)
         for part in _parts(tokens[:first], _CHUNK):
-            on_each(lambda lane, part=part: lane.feed(part))
-        for part in _parts(tokens[first:last], _CHUNK):
-            on_each(lambda lane, part=part: lane.predict(part))
-            following = tokens[full.n_fed - len(part) + 1 : full.n_fed + 1]
-            on_each(lambda lane, following=following: lane.score(full, following))
-        for lane in lanes:
-            lane.stream.set_threads(model.n_threads)
-        for token in tokens[last:]:
             for lane in lanes:
-                lane.predict([token])
-                lane.seconds.append(lane.stream.last_seconds)
+                lane.feed(part)
+        scored = _parts(tokens[first:last], _CHUNK) + _parts(tokens[last:], 1)
+        for part in scored:
+            full = lanes[0].predict(part)
+            n_fed = lanes[0].n_fed
+            following = tokens[n_fed - len(part) + 1 : n_fed + 1]
+            probability = np.exp(full)
             for lane in lanes:
-                lane.score(full, tokens[full.n_fed : full.n_fed + 1])
+                log_p = full if lane is lanes[0] else lane.predict(part)
+                lane.score(full, probability, log_p, following)
+                if n_fed > last:
+                    lane.seconds.append(lane.stream.last_seconds)
         return {row.label: lane.to_record(n_ctx) for row, lane in zip(rows, lanes, strict=True)}
 
 
@@ -80,15 +63,10 @@ def _parts(tokens: Sequence[int], n: int) -> list[Sequence[int]]:
 
 @dataclass
 class _Lane:
-    """One row and what is known of it.
-
-    Attributes:
-        log_p: [n, n_vocab] of the tokens predicted last.
-    """
+    """One row, and what is known of it."""
 
     stream: Stream
     on_tokens: Callable[[int], None]
-    log_p: np.ndarray = field(default_factory=lambda: np.empty((0, 0)))
     n_fed: int = 0
     kl: list[float] = field(default_factory=list)
     nll: list[float] = field(default_factory=list)
@@ -99,17 +77,23 @@ class _Lane:
         self.stream.feed(tokens)
         self._count(len(tokens))
 
-    def predict(self, tokens: Sequence[int]) -> None:
-        self.log_p = self.stream.predict(tokens)
+    def predict(self, tokens: Sequence[int]) -> np.ndarray:
+        log_p = self.stream.predict(tokens)
         self._count(len(tokens))
+        return log_p
 
-    def score(self, full: _Lane, following: Sequence[int]) -> None:
-        """Compare with the full cache's prediction. The last token of the text has none to follow, and no score."""
+    def score(self, full: np.ndarray, probability: np.ndarray, log_p: np.ndarray, following: Sequence[int]) -> None:
+        """Compare with the full cache's prediction. The last token of the text has none to follow, and no score.
+
+        Args:
+            full, probability: of the full cache, log-probabilities and their exponential [n, n_vocab].
+            log_p: of this row.
+            following: [n] tokens, or one fewer.
+        """
         n = len(following)
-        p, q = full.log_p[:n], self.log_p[:n]
-        self.kl += (np.exp(p) * (p - q)).sum(axis=1, dtype=np.float64).tolist()
-        self.nll += (-q[np.arange(n), np.array(following, int)]).astype(np.float64).tolist()
-        self.top1 += (p.argmax(axis=1) == q.argmax(axis=1)).astype(int).tolist()
+        self.kl += (probability[:n] * (full[:n] - log_p[:n])).sum(axis=1, dtype=np.float64).tolist()
+        self.nll += (-log_p[np.arange(n), np.array(following, int)]).astype(np.float64).tolist()
+        self.top1 += (full[:n].argmax(axis=1) == log_p[:n].argmax(axis=1)).astype(int).tolist()
 
     def to_record(self, n_ctx: int) -> Record:
         scores = {"kl": self.kl, "nll": self.nll, "top1": self.top1, "seconds": self.seconds}

@@ -7,12 +7,9 @@ import signal
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
-from depthkv_edge import _log
 from depthkv_edge.errors import DepthKVError
 from depthkv_edge.evaluation.engine import Model, Stopped, load_model
 from depthkv_edge.evaluation.f32 import write_f32
@@ -31,7 +28,7 @@ from depthkv_edge.evaluation.texts import windows
 
 
 class Watcher(Protocol):
-    """Is told how an evaluation gets on, from several threads."""
+    """Is told how an evaluation gets on."""
 
     def begin(self, total: int) -> None:
         """Tokens to compute, without those of an earlier run."""
@@ -59,16 +56,14 @@ def evaluate(settings: Settings, watcher: Watcher, command: str) -> Report:
     with load_model(_weights(settings), settings.n_threads) as model, _interruptible(model.stopping):
         rows = build_rows(model, settings.model, settings.methods, settings.budgets, settings.n_ctx, settings.seed)
         names = [name for name in settings.tasks if name != LANGUAGE]
-        evaluation = _Evaluation(
-            settings, model, rows, build_tasks(names, model, settings.texts, settings.n_ctx, settings.seed), watcher
-        )
-        results = evaluation.run()
+        tasks = build_tasks(names, model, settings.texts, settings.n_ctx, settings.seed, n_items=dict(settings.n_items))
+        results = _Evaluation(settings, model, rows, tasks, watcher).run()
         return Report(command, settings, results, time.perf_counter() - started)
 
 
 @contextlib.contextmanager
 def _interruptible(stopping: threading.Event) -> Iterator[None]:
-    """Let Ctrl-C stop the next decode, on whatever thread: raised at once, it may be lost in llama.cpp's log callback.
+    """Let Ctrl-C stop the next decode: raised at once, it may be lost in llama.cpp's log callback.
 
     A second one is raised at once.
     """
@@ -120,16 +115,8 @@ class _Evaluation:
         )
         for i in missing:
             self._run_window(i)
-        # an item is one row's: rows are run side by side, a thread each
-        with ThreadPoolExecutor(self.model.n_threads, initializer=_log.silence) as pool:
-            running = [pool.submit(self._run_item, *ask) for ask in unanswered]
-            try:
-                for future in running:
-                    future.result()
-            except BaseException:
-                self.model.stopping.set()
-                pool.shutdown(cancel_futures=True)
-                raise
+        for ask in unanswered:
+            self._run_item(*ask)
         return [self._result(row) for row in self.rows]
 
     def _windows(self) -> dict[WindowId, list[int]]:
@@ -147,7 +134,7 @@ class _Evaluation:
 
     def _run_item(self, task: Task, item: int, row: Row) -> None:
         self.watcher.title(f"{task.name} {item + 1} of {task.n_items}, {row.label}")
-        self.store[_task_key(task, item, row)] = task.run(replace(self.model, n_threads=1), row, item)
+        self.store[_task_key(task, item, row)] = task.run(self.model, row, item)
         self.watcher.advance(task.cost(item))
 
     def _result(self, row: Row) -> RowResult:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import psutil
 
+from depthkv_edge import __version__
 from depthkv_edge.bench.facts import engine_facts
 from depthkv_edge.evaluation.store import digest
 from depthkv_edge.evaluation.texts import Text
@@ -30,6 +31,7 @@ class Settings:
         tasks: LANGUAGE and names of `depthkv_edge.evaluation.tasks.TASKS`.
         windows: of each text.
         reference: "native": the weights of the file; "f32": the same, dequantised.
+        n_items: of each task, where it is not the task's own number.
         seed: of everything that is drawn.
         n_threads: CPU threads.
     """
@@ -42,6 +44,7 @@ class Settings:
     tasks: tuple[str, ...]
     windows: int = 1
     reference: str = "native"
+    n_items: tuple[tuple[str, int], ...] = ()
     seed: int = 0
     n_threads: int = 1
 
@@ -51,8 +54,9 @@ class Settings:
         facts = {
             "model": [str(self.model.resolve()), stat.st_size, stat.st_mtime_ns],
             "texts": [[text.name, hashlib.sha256(text.content.encode()).hexdigest()] for text in self.texts],
+            "version": __version__,
             "engine": engine_facts(),
-            "settings": [self.n_ctx, self.windows, self.reference, self.seed, self.n_threads],
+            "settings": [self.n_ctx, self.windows, self.n_items, self.reference, self.seed, self.n_threads],
         }
         return digest(facts)
 

@@ -83,10 +83,6 @@ class Stream:
         self.feed(tokens[:-1])
         return int(self._decode(tokens[-1:], 1)[0].argmax())
 
-    def set_threads(self, n_threads: int) -> None:
-        """CPU threads of what follows."""
-        api.llama_set_n_threads(self.context, n_threads, n_threads)
-
     def clear(self) -> None:
         """Empty the cache, pins included."""
         api.llama_memory_clear(api.llama_get_memory(self.context), True)

@@ -112,8 +112,8 @@ def _first_tokens(model: Model, content: str, n: int) -> list[int]:
 
 
 def _line(content: str, at: int) -> int:
-    """Where the first whole line from a place on begins; the place itself if there is none."""
-    return content.find("\n", at) + 1 or at if at else 0
+    """Where the first whole line from a place on begins; the end of the text if there is none."""
+    return (content.find("\n", at - 1) + 1 or len(content)) if at else 0
 
 
 def _read(path: Path) -> str:

@@ -10,6 +10,7 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from depthkv_edge.errors import DepthKVError
 from depthkv_edge.evaluation.engine import Model
 from depthkv_edge.evaluation.rows import Row
 from depthkv_edge.evaluation.store import Record
@@ -21,7 +22,9 @@ from depthkv_edge.evaluation.texts import Text, excerpt
 NAME = "instruction"
 PINNED, UNPINNED = "instruction_pinned", "instruction_unpinned"
 
-_QUESTION = "What is the text above about? Answer as you were told at the beginning."
+_QUESTION = (
+    "What is the text above about? Remember the instructions of the system prompt: start your answer as it says."
+)
 
 
 @dataclass(frozen=True)
@@ -35,11 +38,11 @@ class Instruction:
 # an example, and a question that reminds of the system prompt: without them small models forget it with all of the text
 INSTRUCTIONS = (
     Instruction(
-        'Every answer must start with "Dear reader,". For example: "Dear reader, the text is about a garden."',
+        "Every answer starts like this:\nDear reader, the text is about a garden.",
         "Dear reader,",
     ),
     Instruction(
-        'Your name is Orion. Every answer must start with "Orion here:". For example: "Orion here: a text on gardens."',
+        'You are Orion. Every answer must start with "Orion here:". For example: "Orion here: this is about gardens."',
         "Orion here:",
     ),
     Instruction(
@@ -52,6 +55,8 @@ INSTRUCTIONS = (
 @dataclass(frozen=True)
 class InstructionTask:
     """The record of an item has both metrics, each as `depthkv_edge.evaluation.tasks.reading.ask` returns it.
+
+    Without the first where the cache refuses to pin.
 
     Attributes:
         passages: context and the one question.
@@ -74,15 +79,19 @@ class InstructionTask:
         passage = self.passages[item]
         with row.open(model, self.n_ctx) as stream:
             (unpinned,) = ask(stream, passage).values()
-            pinned = unpinned
-            if stream.stats().active:  # a stock cache has nothing to pin
-                stream.clear()
+            if not stream.stats().active:  # a stock cache has nothing to pin
+                return {PINNED: unpinned, UNPINNED: unpinned}
+            stream.clear()
+            try:
                 stream.pin(0, self.n_system[item])
-                (pinned,) = ask(stream, passage).values()
+            except DepthKVError as error:  # the smallest layer has no room beside it
+                return {UNPINNED: unpinned, "refused": str(error)}
+            (pinned,) = ask(stream, passage).values()
         return {PINNED: pinned, UNPINNED: unpinned}
 
     def columns(self, records: Mapping[int, Record], reference: Mapping[int, Record]) -> dict[str, Record]:
-        return by_metric(list(records.values()))
+        metrics = [metric for metric in (PINNED, UNPINNED) if all(metric in record for record in records.values())]
+        return by_metric([{metric: record[metric] for metric in metrics} for record in records.values()])
 
 
 def build(model: Model, texts: Sequence[Text], n_ctx: int, seed: int, *, n_items: int = 6) -> InstructionTask:

@@ -30,7 +30,7 @@ _NAMES = (
 ).split()
 
 
-def build(model: Model, texts: Sequence[Text], n_ctx: int, seed: int, *, n_items: int = 2, n_keys: int = 12) -> Reading:
+def build(model: Model, texts: Sequence[Text], n_ctx: int, seed: int, *, n_items: int = 4, n_keys: int = 12) -> Reading:
     """Metrics: passkey, multikey.
 
     Args:

@@ -1,0 +1,65 @@
+"""From the timings of single turns to the samples of each quantity."""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from depthkv_edge.bench.plan import Plan, Step, deal
+from depthkv_edge.bench.speed import Timing, total
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What one configuration took for one step of one pass."""
+
+    n_pass: int
+    step: Step
+    timing: Timing
+
+
+def prefill_samples(turns: Sequence[Turn], plan: Plan) -> list[Timing]:
+    """Of the whole prompt: for each pass, hands of its segments that are equally deep on average."""
+    samples = []
+    for n_pass in range(plan.passes):
+        segments = [turn.timing for turn in turns if turn.n_pass == n_pass and not turn.step.is_decode]
+        samples += [total([segments[i] for i in hand]) for hand in deal(len(segments))]
+    return samples
+
+
+def prefill_full_samples(turns: Sequence[Turn], plan: Plan) -> list[Timing]:
+    """Of the last quarter of the prompt: its segments, over all passes."""
+    return [turn.timing for turn in turns if not turn.step.is_decode and turn.step.start >= plan.n_prompt * 3 // 4]
+
+
+def decode_samples(turns: Sequence[Turn], plan: Plan, depth: str) -> list[Timing]:
+    """Of decoding at a depth: the runs, over all passes."""
+    timings = [turn.timing for turn in turns if turn.step.depth == depth]
+    n = plan.run // plan.turn
+    return [total(timings[i : i + n]) for i in range(0, len(timings), n)]
+
+
+def first_token_seconds(turns: Sequence[Turn], plan: Plan) -> float:
+    """Time for the long prompt and one token after it, the median over the passes.
+
+    The tokens that were decoded on the way count as if they had been prefilled, at the mean speed of the segments
+    before and after them.
+    """
+    return statistics.median(
+        _first_token([turn for turn in turns if turn.n_pass == n_pass], plan) for n_pass in range(plan.passes)
+    )
+
+
+def _first_token(turns: Sequence[Turn], plan: Plan) -> float:
+    segments = [turn for turn in turns if not turn.step.is_decode]
+    seconds = sum(turn.timing.seconds for turn in segments)
+    for before, after in itertools.pairwise(segments):
+        gap = after.step.start - before.step.end
+        seconds += gap * (_per_token(before.timing) + _per_token(after.timing)) / 2
+    return seconds + _per_token(total([turn.timing for turn in turns if turn.step.depth == "full"]))
+
+
+def _per_token(timing: Timing) -> float:
+    return timing.seconds / timing.tokens

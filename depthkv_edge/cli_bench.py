@@ -57,9 +57,9 @@ def bench(
     directory = None if baseline is None else check_baseline(Path(baseline))
     path = resolve_model(model)
 
-    from depthkv_edge.bench.facts import trained_ctx
     from depthkv_edge.bench.report import bench_progress, print_result
     from depthkv_edge.bench.text import prompt_text
+    from depthkv_edge.facts import trained_ctx
 
     settings = Settings(
         n_ctx=min(trained_ctx(path) or _MOST_CTX, _MOST_CTX) if ctx is None else ctx,

@@ -18,7 +18,6 @@ from hypothesis import strategies as st
 from depthkv_edge import DepthKVError, _native
 from depthkv_edge._library import library_dir
 from depthkv_edge.bench import pairs, run
-from depthkv_edge.bench.facts import LLAMA_CPP_COMMIT, engine_facts, machine_facts, model_facts
 from depthkv_edge.bench.plan import DEPTHS, Plan, deal, make_plan
 from depthkv_edge.bench.process import NO_BUDGET, STOCK, STOCK_FLASH, Configuration, ContextFacts, Worker
 from depthkv_edge.bench.report import print_result
@@ -28,13 +27,14 @@ from depthkv_edge.bench.samples import Turn, decode_samples, first_token_seconds
 from depthkv_edge.bench.settings import Settings, Sizes
 from depthkv_edge.bench.speed import Timing, compare, fastest, speed
 from depthkv_edge.cli_bench import bench as command
+from depthkv_edge.facts import LLAMA_CPP_COMMIT, engine_facts, machine_facts, model_facts
 
 SMALL = Settings(
     n_ctx=500,
     n_threads=1,
     budgets=(0.5,),
     repetitions=1,
-    sizes=Sizes(run=4, turn=2, prompt=512, pairs=1, pair_prefill=16, rest=0.0),
+    sizes=Sizes(run=4, turn=2, prompt=512, pairs=1, pair_turns=2, pair_prefill=4, pair_decode=4, rest=0.0),
 )
 SMALL_512 = replace(SMALL, n_ctx=512)
 
@@ -268,12 +268,39 @@ def test_pairs_alternate(asked):
     stock, ours = Configuration("s", library=Path()), Configuration("o")
     baseline = pairs.compare_builds(stock, ours, Path("m"), settings, range(8192), done.append)
     assert baseline.prefill.n == baseline.decode.n == 6
+    assert baseline.identical_logits
     order = "".join(label for label, *_ in asked)
-    half = len(order) // 6
-    assert order == order[: 2 * half] * 3, "every other pair is the same"
-    assert order[:half] == order[half : 2 * half].translate(str.maketrans("so", "os")), "and the one between reversed"
+    n = len(order) // 6
     assert order[:8] == "soossoos"
-    assert sum(done) == pairs.pair_cost(settings)
+    assert order[n : 2 * n] == order[:n].translate(str.maketrans("so", "os")), "every other pair in reversed order"
+    assert order == order[: 2 * n] * 3
+    assert {n_tokens for *_, n_tokens, one_by_one in asked if one_by_one} == {1}
+    assert sum(done) == pairs.pair_cost(settings), "the progress bar ends at 100 %"
+
+
+@given(st.lists(st.lists(st.floats(0.5, 2), min_size=1, max_size=9), min_size=1, max_size=5))
+def test_ratio_of_pairs(ratios):
+    result = pairs.pair_ratio(ratios)
+    medians = [statistics.median(pair) for pair in ratios]
+    assert result.ratio == statistics.median([r for pair in ratios for r in pair])
+    assert (result.low, result.high, result.n) == (min(medians), max(medians), len(ratios))
+    assert (
+        min(min(pair) for pair in ratios)
+        <= result.interval[0]
+        <= result.interval[1]
+        <= max(max(pair) for pair in ratios)
+    )
+
+
+def test_interval_of_pairs():
+    """One pair in ten that was disturbed all its life neither moves the ratio nor hides behind it."""
+    calm = [[0.99, 1.0, 1.01]] * 9
+    result = pairs.pair_ratio([*calm, [1.2, 1.3, 1.4]])
+    assert result.ratio == 1.0
+    assert result.high == 1.3
+    assert 0.99 <= result.interval[0] <= 1.0 <= result.interval[1] <= 1.01
+    worse = pairs.pair_ratio([[r * 0.95 for r in pair] for pair in calm])
+    assert worse.interval[1] < 1
 
 
 def test_a_model_with_a_budget_of_its_own(tmp_path):

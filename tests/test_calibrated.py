@@ -121,4 +121,4 @@ def test_better_than_uniform_and_only_in_the_right_layers(model, text, tmp_path)
         found = run_window(loaded, rows, tokens)
     kl = {row.method: np.mean(found[row.label]["kl"]) for row in rows}
     assert 0 < 1.5 * kl["depth"] < kl["uniform"] < min(kl["shuffled"], kl["random"]), kl
-    assert kl["full"] == 0 and kl["noise"] < 0.01 * kl["depth"]
+    assert kl["full"] == 0 and kl["noise"] < 0.05 * kl["depth"]

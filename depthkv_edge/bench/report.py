@@ -13,8 +13,8 @@ from rich.text import Text
 
 from depthkv_edge.bench.plan import DEPTHS
 from depthkv_edge.bench.process import NO_BUDGET, STOCK
-from depthkv_edge.bench.result import BenchResult, Row
-from depthkv_edge.bench.speed import Ratio, Speed
+from depthkv_edge.bench.result import BenchResult, PairRatio, Row
+from depthkv_edge.bench.speed import Speed
 
 
 @contextlib.contextmanager
@@ -147,8 +147,8 @@ def _table(first: str, *columns: str) -> Table:
     return table
 
 
-def _ratio(ratio: Ratio) -> str:
-    return f"{ratio.ratio:.3f}x ({ratio.low:.3f}-{ratio.high:.3f})"
+def _ratio(ratio: PairRatio) -> str:
+    return f"{ratio.ratio:.3f}x (95 % between {ratio.interval[0]:.3f} and {ratio.interval[1]:.3f})"
 
 
 def _mib(n_bytes: int) -> str:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from depthkv_edge.bench.process import Configuration, ContextFacts
-from depthkv_edge.bench.speed import Ratio, Speed
+from depthkv_edge.bench.speed import Speed
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,27 @@ class Row:
 
 
 @dataclass(frozen=True)
+class PairRatio:
+    """Speed against another build, over turns of pairs of processes; above 1 is faster.
+
+    Attributes:
+        ratio: median over all turns.
+        interval: 95 % confidence, by bootstrap over the pairs.
+        low, high: range of the medians of single pairs.
+        n: pairs.
+    """
+
+    ratio: float
+    interval: tuple[float, float]
+    low: float
+    high: float
+    n: int
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self) | {"interval": list(self.interval)}
+
+
+@dataclass(frozen=True)
 class Baseline:
     """This package's library without a budget, against another build, in pairs of fresh processes.
 
@@ -76,8 +97,8 @@ class Baseline:
     directory: Path
     is_patched: bool
     identical_logits: bool
-    prefill: Ratio
-    decode: Ratio
+    prefill: PairRatio
+    decode: PairRatio
 
     def to_dict(self) -> dict[str, Any]:
         return {

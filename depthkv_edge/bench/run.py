@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from depthkv_edge import __version__, _library
-from depthkv_edge.bench.facts import engine_facts, machine_facts, model_facts
 from depthkv_edge.bench.pairs import DECODE_COST, compare_builds, pair_cost
 from depthkv_edge.bench.plan import DEPTHS, Plan, make_plan
 from depthkv_edge.bench.process import NO_BUDGET, STOCK, STOCK_FLASH, Configuration, ContextFacts, Worker
@@ -28,6 +27,7 @@ from depthkv_edge.bench.samples import (
 from depthkv_edge.bench.settings import Settings
 from depthkv_edge.bench.speed import Speed, Timing, fastest, speed, total
 from depthkv_edge.errors import DepthKVError
+from depthkv_edge.facts import engine_facts, machine_facts, model_facts
 
 Progress = Callable[[int], AbstractContextManager[Callable[[int], None]]]
 

@@ -23,16 +23,20 @@ class Sizes:
         turn: decode tokens until the next configuration has its turn; divides `run`.
         prompt: prefill tokens that are worth one sample of the whole prompt: shorter contexts are filled several times.
         pairs: pairs of fresh processes, for each repetition, that compare two builds.
-        pair_prefill: tokens that a process of a pair prefills in one of its four turns.
+        pair_turns: turns of each process of a pair, in prefill.
+        pair_prefill: most tokens of such a turn.
+        pair_decode: most tokens that each process of a pair decodes, one in a turn.
         rest: seconds between two turns, in which the threads of the last one stop waiting for more and go to sleep.
     """
 
     segment: int = 512
     run: int = 64
-    turn: int = 16
+    turn: int = 8
     prompt: int = 8192
     pairs: int = 2
-    pair_prefill: int = 128
+    pair_turns: int = 16
+    pair_prefill: int = 32
+    pair_decode: int = 128
     rest: float = 0.02
 
 

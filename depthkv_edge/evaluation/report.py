@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from depthkv_edge import __version__
-from depthkv_edge.bench.facts import engine_facts, machine_facts, model_facts
 from depthkv_edge.evaluation.rows import KVBytes, Row
 from depthkv_edge.evaluation.settings import Settings
 from depthkv_edge.evaluation.store import Record
+from depthkv_edge.facts import engine_facts, machine_facts, model_facts
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,9 @@ from pathlib import Path
 import psutil
 
 from depthkv_edge import __version__
-from depthkv_edge.bench.facts import engine_facts
 from depthkv_edge.evaluation.store import digest
 from depthkv_edge.evaluation.texts import Text
+from depthkv_edge.facts import engine_facts
 
 LANGUAGE = "language"
 REFERENCES = ("native", "f32")

@@ -170,5 +170,11 @@ def test_a_store_survives_an_interrupt_at_any_byte(tmp_path_factory, written, n_
     assert {key: Store(path)[key] for key, _ in lines} | {"next": {"x": 1}} == dict(lines) | {"next": {"x": 1}}
 
 
+def test_a_directory_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DepthKVError, match="cannot keep results in .*XDG_CACHE_HOME"):
+        Store(tmp_path / "file" / "a.jsonl")
+
+
 def test_labels():
     assert Row("depth", 0.4).label == "depth 0.4" and Row("full").label == "full"

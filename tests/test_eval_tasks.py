@@ -207,6 +207,14 @@ def test_a_pinned_instruction_outlives_eviction(model, filler):
     assert full["instruction_pinned"]["log_prob"] > small["instruction_unpinned"]["log_prob"] + 2
 
 
+def test_a_cache_that_is_too_small_to_pin_has_no_pinned_number(model, filler):
+    """The smallest layers hold sinks, recent tokens and a ubatch, and no long system prompt beside them."""
+    task = replace(instruction.build(model, filler, SMALL, 0, n_items=1), n_system=(60,))
+    record = task.run(model, streaming(0.4), 0)
+    assert "pinned" in record["refused"]
+    assert list(task.columns({0: record}, {0: record})) == ["instruction_unpinned"]
+
+
 @pytest.mark.parametrize("module, best", [(greedy, ("agreement", 1)), (summary, ("rougeL", 1))])
 def test_generated_text_against_the_full_cache(model, filler, module, best):
     task = module.build(model, filler, SMALL, 0, n_items=1, n_predict=24)

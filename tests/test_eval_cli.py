@@ -73,9 +73,10 @@ def test_metrics(report):
         assert metrics["kl"]["low"] <= metrics["kl"]["mean"] <= metrics["kl"]["high"]
         assert metrics["kl"]["n"] == metrics["top1"]["n"] == metrics["perplexity"]["n"] == 2 * (N_CTX // 2 - 1)
         assert sum(metrics["kl"]["by_text"].values()) / 2 == pytest.approx(metrics["kl"]["mean"])
+        assert metrics["prefill"]["tokens_per_second"] > 0
         assert metrics["decode"]["tokens_per_second"] > 0
     assert rows["full"]["metrics"]["perplexity"]["ratio"] == rows["full"]["metrics"]["top1"]["share"] == 1
-    assert rows["full"]["metrics"]["decode"]["ratio"] == 1
+    assert rows["full"]["metrics"]["prefill"]["ratio"] == rows["full"]["metrics"]["decode"]["ratio"] == 1
 
 
 def test_what_was_measured_can_be_told_from_the_report(report):

@@ -34,7 +34,7 @@ Report = dict[str, Any]
 
 SAMPLE: Report = json.loads(Path(__file__).with_name("data").joinpath("eval-report.json").read_text())
 METRICS = list(SAMPLE["rows"][2]["metrics"])
-LANGUAGE = ["kl", "perplexity", "top1", "decode"]
+LANGUAGE = ["kl", "perplexity", "top1", "prefill", "decode"]
 RETRIEVAL = ["passkey", "multikey"]
 
 
@@ -480,13 +480,14 @@ def test_rows(page):
         "55\u00a0%",
         "−2.30 −2.93 to −1.74",
         "60\u00a0%",
+        "1.15 1.12 to 1.18",
         "1.60 1.49 to 1.73",
         "49.9",
     ]
     assert headline[1] == [
         *("MiB", "of full", "held by a layer, of seen", "nats per token", "ratio to full", "agreement"),
         *2 * ("log-prob., nats", "exact"),
-        *("ratio to full", "tokens/s"),
+        *("ratio to full", "ratio to full", "tokens/s"),
     ]
     assert page.row(1, "uniform 0.2") == [
         *("−17.3 −19.7 to −15.1", "0\u00a0%", "−10.2 −11.8 to −8.78", "5\u00a0%"),
@@ -560,7 +561,7 @@ def test_small_reports(labels, metrics, tmp_path):
     found = Page((tmp_path / "r.html").read_text(encoding="utf-8"))
     plots = draw_plots(report, tmp_path)
     assert len(found.all("figure")) == len(plots)
-    columns = {"kl": 1, "perplexity": 1, "top1": 1, "decode": 2, "passkey": 2, "multikey": 2}
+    columns = {"kl": 1, "perplexity": 1, "top1": 1, "prefill": 1, "decode": 2, "passkey": 2, "multikey": 2}
     assert len(found.tables[0][1]) == 3 + sum(columns[name] for name in metrics)
     assert len(found.tables) == (3 if "kl" in metrics else 2)
 

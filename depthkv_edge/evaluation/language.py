@@ -33,8 +33,9 @@ def run_window(
         on_tokens: called with the number of tokens that were computed since the last call.
 
     Returns:
-        By row label: `kl` nats, `nll` nats, `top1` [n_scored] of the tokens scored; `seconds` [N_DECODE] that each
-        decoded token took; `seen` and `layers`, the cache at the end.
+        By row label: `kl` nats, `nll` nats, `top1` [n_scored] of the tokens scored; `prefill` seconds of each chunk of
+        the n_prefill tokens before; `seconds` [N_DECODE] that each decoded token took; `seen` and `layers`, the cache
+        at the end.
     """
     n_ctx = len(tokens)
     first, last = n_ctx // 2, n_ctx - min(N_DECODE, n_ctx // 8)
@@ -71,10 +72,14 @@ class _Lane:
     kl: list[float] = field(default_factory=list)
     nll: list[float] = field(default_factory=list)
     top1: list[int] = field(default_factory=list)
+    prefill: list[float] = field(default_factory=list)
+    n_prefill: int = 0
     seconds: list[float] = field(default_factory=list)
 
     def feed(self, tokens: Sequence[int]) -> None:
         self.stream.feed(tokens)
+        self.prefill.append(self.stream.last_seconds)
+        self.n_prefill += len(tokens)
         self._count(len(tokens))
 
     def predict(self, tokens: Sequence[int]) -> np.ndarray:
@@ -96,8 +101,9 @@ class _Lane:
         self.top1 += (full[:n].argmax(axis=1) == log_p[:n].argmax(axis=1)).astype(int).tolist()
 
     def to_record(self, n_ctx: int) -> Record:
-        scores = {"kl": self.kl, "nll": self.nll, "top1": self.top1, "seconds": self.seconds}
-        return scores | _occupancy(self.stream.occupancy(), n_ctx)
+        scores = {"kl": self.kl, "nll": self.nll, "top1": self.top1}
+        times = {"prefill": self.prefill, "n_prefill": self.n_prefill, "seconds": self.seconds}
+        return scores | times | _occupancy(self.stream.occupancy(), n_ctx)
 
     def _count(self, n_tokens: int) -> None:
         self.n_fed += n_tokens

@@ -185,7 +185,7 @@ def _answers(title: str, metric: str) -> list[_Column]:
 
 _HEADLINE_CAPTION = (
     "Bold: no other row is both as small and as close to the full cache. In the second line of a cell: the 95 % "
-    "interval; of tokens held (mean), the fewest and the most; of decode speed, the range over the windows."
+    "interval; of tokens held (mean), the fewest and the most; of speed, the range over the windows."
 )
 _HEADLINE = [
     _Column("KV cache", "MiB", lambda row: _Cell(fixed(row["kv"]["bytes"] / 2**20, 1))),
@@ -196,6 +196,9 @@ _HEADLINE = [
     _Column("Top-1", "agreement", _number("top1", "share", lambda value: percent(value, 1))),
     *_answers("Multi-key", "multikey"),
     *_answers("Passkey", "passkey"),
+    _Column(
+        "Prefill speed", "ratio to full", _number("prefill", "ratio", lambda value: fixed(value, 2), interval=True)
+    ),
     _Column("Decode speed", "ratio to full", _number("decode", "ratio", lambda value: fixed(value, 2), interval=True)),
     _Column("Decode speed", "tokens/s", _number("decode", "tokens_per_second", lambda value: fixed(value, 1))),
 ]
@@ -231,6 +234,12 @@ _TERMS = [
         "(exact)",
     ),
     ("passkey", "Passkey", "the same with a single hidden number"),
+    (
+        "prefill",
+        "Prefill speed",
+        "tokens per second in the first half of a window, rows in turn, what they do to make room included; median, "
+        "and the range over the windows",
+    ),
     (
         "decode",
         "Decode speed",

@@ -34,7 +34,7 @@ DEFAULT_BUDGETS = (0.2, 0.4, 0.6)
 FULL, NOISE = "full", "noise"
 # Another batch size, no multiple of a kernel's tile, and the other attention kernel: neither should matter. On a CPU
 # the batch size alone changes nothing, bit for bit.
-_NOISE_CACHE = Cache(n_ubatch=61, flash_attn=True)
+_NOISE_CACHE = Cache(n_ubatch=100, flash_attn=True)
 _ROWS_SATURATED = 2**21  # positions: beyond any sliding window, so that only the growing layers still grow
 
 _EVICTING = ("depth", "uniform", "streaming", "window", "shuffled", "random")

@@ -17,6 +17,7 @@ from depthkv_edge.evaluation.language import run_window
 from depthkv_edge.evaluation.metrics.decode import decode_speed
 from depthkv_edge.evaluation.metrics.kl import WindowId, kl
 from depthkv_edge.evaluation.metrics.perplexity import perplexity
+from depthkv_edge.evaluation.metrics.prefill import prefill_speed
 from depthkv_edge.evaluation.metrics.top1 import top1
 from depthkv_edge.evaluation.report import Report, RowResult
 from depthkv_edge.evaluation.rows import Row, build_rows, kv_bytes
@@ -145,6 +146,7 @@ class _Evaluation:
                 "kl": kl(found, [text.name for text in self.settings.texts]),
                 "perplexity": perplexity(found, reference),
                 "top1": top1(found),
+                "prefill": prefill_speed(found, reference),
                 "decode": decode_speed(found, reference),
             }
         for task in self.tasks:

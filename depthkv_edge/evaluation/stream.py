@@ -57,7 +57,7 @@ class Stream:
         past: every token fed since the stream was empty, forgotten ones too.
         first: place in the text of the oldest token after the n_kept ones that the stock cache still holds.
         n_kept: tokens at the front of the text that a position shift keeps.
-        last_seconds: time that the last `predict` spent in the engine.
+        last_seconds: time that the last `feed` or `predict` spent in the engine.
     """
 
     model: Model
@@ -70,6 +70,7 @@ class Stream:
 
     def feed(self, tokens: Sequence[int]) -> None:
         """Prefill tokens, a batch at a time."""
+        self.last_seconds = 0.0
         for start in range(0, len(tokens), self.model.n_batch):
             self._decode(tokens[start : start + self.model.n_batch], 0)
 
@@ -157,6 +158,7 @@ class _Bounded(Stream):
         return np.concatenate(parts)
 
     def feed(self, tokens: Sequence[int]) -> None:
+        self.last_seconds = 0.0
         for part in self._parts(tokens):
             self._decode(part, 0)
 

@@ -44,7 +44,7 @@ def _texts(settings: dict[str, Any]) -> str:
 def _held(rows: list[Row]) -> Table:
     """Memory, and running text."""
     columns = "KV\nMiB", "of\nfull", "tokens held,\nmean (min-max)", "KL, nats\n(95 %)", "perplexity\nratio"
-    table = _table(*columns, "top-1\n%", "decode\nratio")
+    table = _table(*columns, "top-1\n%", "prefill\nratio", "decode\nratio")
     for row in rows:
         kv, metrics = row["kv"], row["metrics"]
         held = kv.get("held")
@@ -56,6 +56,7 @@ def _held(rows: list[Row]) -> Table:
             _kl(metrics.get("kl")),
             _format(metrics.get("perplexity"), "ratio", ".3f"),
             _percent(metrics.get("top1"), "share"),
+            _format(metrics.get("prefill"), "ratio", ".2f"),
             _format(metrics.get("decode"), "ratio", ".2f"),
         )
     return table
@@ -99,7 +100,7 @@ def _notes(report: dict[str, Any]) -> list[str]:
     notes = [
         "KV of full: the whole F16 cache. noise: the full cache with another batch size and attention kernel, which "
         "should not matter.",
-        "decode ratio: speed at the end of the window, against full.",
+        "prefill ratio: speed in the first half of the window, against full; decode ratio: at its end.",
     ]
     if any(name in row["metrics"] for row in report["rows"] for name in _PROBES):
         notes.append(

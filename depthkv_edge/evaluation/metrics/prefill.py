@@ -1,0 +1,15 @@
+"""Prefill speed over the first half of a window, which is not scored: chunks of all rows are prefilled in turn."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from depthkv_edge.evaluation.metrics.kl import WindowId
+from depthkv_edge.evaluation.metrics.speed import compare_speed
+from depthkv_edge.evaluation.store import Record
+
+
+def prefill_speed(windows: Mapping[WindowId, Record], reference: Mapping[WindowId, Record]) -> Record:
+    """See `compare_speed`. What a row does to make room is part of its time."""
+    seconds, stock = ({key: sum(record["prefill"]) for key, record in of.items()} for of in (windows, reference))
+    return compare_speed(seconds, stock, {key: record["n_prefill"] for key, record in windows.items()})

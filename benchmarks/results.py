@@ -304,16 +304,18 @@ SECTIONS = (
     ),
     Section(
         "alternatives",
-        "SmolLM2-135M: everything else at one budget",
+        "SmolLM2-135M, F32 weights: other methods at one budget",
         SMOLLM2,
-        _evaluate(SMOLLM2, "--methods", _ALTERNATIVES, "--budgets", "0.4", "--tasks", "language"),
+        _evaluate(
+            SMOLLM2, "--methods", _ALTERNATIVES, "--budgets", "0.4", "--tasks", "language", "--reference", "f32"
+        ),
         render_alternatives,
     ),
     Section(
         "gemma3",
         "Gemma-3 270M (Q4_K_M)",
         GEMMA3,
-        _evaluate(GEMMA3, "--budgets", "0.4"),
+        _evaluate(GEMMA3, "--methods", "depth,uniform,streaming,kv-q8_0", "--budgets", "0.4"),
         render_quality,
         ("kl", "multikey", "occupancy"),
     ),
@@ -321,14 +323,17 @@ SECTIONS = (
         "tasks",
         "SmolLM2-135M: what is asked and generated",
         SMOLLM2,
-        _evaluate(SMOLLM2, "-c", "2048", "--budgets", "0.4", "--tasks", _TASKS),
+        _evaluate(
+            *(SMOLLM2, "-c", "2048", "--methods", "depth,uniform,kv-q8_0,kv-q4_0", "--budgets", "0.4"),
+            *("--tasks", _TASKS, "--items", "2"),
+        ),
         render_tasks,
     ),
     Section(
         "peers",
         "kvpress",
         SMOLLM2,
-        ["scripts/peers.sh", str(SMOLLM2.path), "--json"],
+        ["scripts/peers.sh", str(SMOLLM2.path), "--ratios", "0.2,0.4", "--contexts", "1", "--json"],
         render_peers,
     ),
 )

@@ -14,7 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GgufConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 
@@ -88,6 +95,9 @@ def load_model(source: Source, device: str, dtype: str) -> PreTrainedModel:
     """
     check_device(device)
     arguments = source.arguments | ({"device_map": "auto"} if device == "auto" else {})
+    if source.gguf is not None:
+        # where a kernel package is installed, transformers would leave the weights quantised
+        arguments["quantization_config"] = GgufConfig(dequantize=True)
     with _one_line(source, "model"):
         model, found = AutoModelForCausalLM.from_pretrained(
             source.repo, dtype=DTYPES[dtype], output_loading_info=True, **arguments

@@ -306,9 +306,7 @@ SECTIONS = (
         "alternatives",
         "SmolLM2-135M, F32 weights: other methods at one budget",
         SMOLLM2,
-        _evaluate(
-            SMOLLM2, "--methods", _ALTERNATIVES, "--budgets", "0.4", "--tasks", "language", "--reference", "f32"
-        ),
+        _evaluate(SMOLLM2, "--methods", _ALTERNATIVES, "--budgets", "0.4", "--tasks", "language", "--reference", "f32"),
         render_alternatives,
     ),
     Section(

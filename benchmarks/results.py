@@ -150,7 +150,7 @@ def speed_table(report: Report) -> str:
                 "peak MiB": f"{row['peak_rss_bytes'] / 2**20:.0f}",
                 "first token, s": f"{row['first_token_seconds']:.1f}",
                 "prefill": _speed(row["prefill"]),
-                "prefill, last quarter": _speed(row["prefill_full"]),
+                "prefill, end": _speed(row["prefill_full"]),
                 **{f"decode, {depth}": _speed(speed) for depth, speed in row["decode"].items()},
                 "eviction": f"{row['evict_share']:.1%}",
             }
@@ -351,7 +351,7 @@ def run_section(section: Section) -> None:
     for path in plots.glob("*.png") if section.plots else ():
         if path.stem not in section.plots:
             path.unlink()
-    report = json.loads(done.stdout)
+    report = json.loads(done.stdout.replace(f"{ROOT}/", ""))
     for row in report.get("rows", ()):
         for layer in row.get("kv", {}).get("layers", ()):
             layer.pop("occupancy", None)  # most of the bytes, and drawn

@@ -19,7 +19,8 @@ INSTALL_BINDINGS = f"CMAKE_ARGS=-DLLAMA_BUILD=OFF pip install {BINDINGS}=={BINDI
 _NAMES = {"win32": ("llama.dll", "libllama.dll"), "darwin": ("libllama.dylib", "libllama.so")}
 
 
-def _holds_libllama(directory: Path) -> bool:
+def holds_libllama(directory: Path) -> bool:
+    """Whether a directory has a libllama that could be loaded here."""
     return any((directory / name).is_file() for name in _NAMES.get(sys.platform, ("libllama.so",)))
 
 
@@ -46,7 +47,7 @@ def library_dir() -> Path:
     override = os.environ.get("DEPTHKV_LIB_PATH")
     directories = [Path(override)] if override else _candidates()
     for directory in directories:
-        if _holds_libllama(directory):
+        if holds_libllama(directory):
             return directory.resolve()
     if override:
         raise DepthKVError(f"DEPTHKV_LIB_PATH={override} holds no libllama: name the directory that does, or unset it")

@@ -16,7 +16,8 @@ _bindings_callback = llama_cpp._logger.llama_log_callback
 
 
 @llama_cpp.llama_cpp.llama_log_callback
-def _callback(level: int, text: bytes, user_data: ctypes.c_void_p) -> None:
+def log_callback(level: int, text: bytes, user_data: ctypes.c_void_p) -> None:
+    """Takes every line that llama.cpp logs in this process."""
     lines: list[str] | None = getattr(_capture, "lines", None)
     if lines is None or _capture.verbose:
         _bindings_callback(level, text, user_data)
@@ -30,7 +31,7 @@ def _callback(level: int, text: bytes, user_data: ctypes.c_void_p) -> None:
         _capture.level = level
 
 
-llama_cpp.llama_cpp.llama_log_set(_callback, ctypes.c_void_p(0))
+llama_cpp.llama_cpp.llama_log_set(log_callback, ctypes.c_void_p(0))
 
 
 @contextlib.contextmanager

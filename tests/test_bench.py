@@ -358,11 +358,11 @@ def test_fastest():
     assert fastest({"slow": slow, "fast": fast}) == "fast", "medians, not sums or extremes"
 
 
-@given(st.integers(1, 200))
-def test_deal(n):
-    hands = deal(n)
+@given(st.integers(1, 200), st.integers(1, 50))
+def test_deal(n, n_hands):
+    hands = deal(n, n_hands)
     assert sorted(i for hand in hands for i in hand) == list(range(n))
-    assert len(hands) == max(1, n // 4)
+    assert len(hands) == min(n, n_hands)
     if n % (2 * len(hands)) == 0:
         assert {statistics.mean(hand) for hand in hands} == {(n - 1) / 2}, "equally deep"
 
@@ -402,6 +402,10 @@ def test_plan(plan: Plan, repetitions):
 def test_enough_repetitions(n_ctx, repetitions):
     plan = make_plan(n_ctx, Settings(n_ctx, 1, repetitions=repetitions))
     assert repetitions <= plan.runs * plan.passes < 2 * repetitions
+    turns = fake_turns(plan, lambda p: 1.0, lambda p: 1.0)
+    n_segments = sum(not turn.step.is_decode for turn in turns)
+    for samples in (prefill_samples(turns, plan), prefill_full_samples(turns, plan)):
+        assert len(samples) >= min(repetitions, n_segments)
 
 
 def test_default_plan():
@@ -450,11 +454,12 @@ def test_samples_are_equally_deep():
     plan = make_plan(8192, Settings(8192, 2))
     turns = fake_turns(plan, lambda p: 1 + p / 4000, lambda p: 0.0)
     samples = [sample.seconds / sample.tokens for sample in prefill_samples(turns, plan)]
-    assert len(samples) >= 3
-    assert max(samples) / min(samples) < 1.05
+    assert len(samples) >= 5
+    assert max(samples) / min(samples) < 1.15
     true = sum(1 + p / 4000 for p in range(plan.n_prompt))
     assert first_token_seconds(turns, plan) == pytest.approx(true, rel=0.001)
-    assert all(sample.seconds / sample.tokens > 1 + 0.7 * 2 for sample in prefill_full_samples(turns, plan))
+    at_end = [sample.seconds / sample.tokens for sample in prefill_full_samples(turns, plan)]
+    assert len(at_end) >= 5 and min(at_end) > max(samples)
 
 
 # --- facts --------------------------------------------------------------------------------------------------------

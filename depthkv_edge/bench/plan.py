@@ -43,6 +43,7 @@ class Plan:
         turn: decode tokens of a turn.
         runs: repetitions at each depth, in one pass.
         passes: how often the context is filled from empty.
+        hands: samples of prefill speed in one pass, at most.
         depths: position at which decoding starts, by name.
     """
 
@@ -52,6 +53,7 @@ class Plan:
     turn: int
     runs: int
     passes: int
+    hands: int
     depths: dict[str, int]
 
     @property
@@ -98,14 +100,14 @@ def make_plan(n_ctx: int, settings: Settings) -> Plan:
     room = n_ctx // 16
     turn = min(sizes.turn, room)
     run = min(sizes.run, room) // turn * turn
-    passes = max(math.ceil(repetitions / (room // run)), min(repetitions, sizes.prompt // n_ctx))
+    passes = max(math.ceil(repetitions / (room // run)), min(repetitions, round(sizes.prompt / n_ctx)))
     runs = math.ceil(repetitions / passes)
     depths = {"empty": 0, "quarter": n_ctx // 4, "half": n_ctx // 2, "full": n_ctx - runs * run}
-    return Plan(n_ctx, segment, run, turn, runs, passes, depths)
+    return Plan(n_ctx, segment, run, turn, runs, passes, math.ceil(repetitions / passes), depths)
 
 
-def deal(n_segments: int) -> list[list[int]]:
-    """Deal the segments of a prompt into hands of about four, each as deep as any other on average.
+def deal(n_segments: int, n_hands: int) -> list[list[int]]:
+    """Deal the segments of a prompt into hands, each about as deep as any other on average.
 
     Later segments take longer. Times of whole hands can be compared with each other all the same: so one pass over a
     prompt gives several samples of its speed.
@@ -113,7 +115,7 @@ def deal(n_segments: int) -> list[list[int]]:
     Returns:
         The segments of each hand.
     """
-    n = max(1, n_segments // 4)
+    n = min(n_hands, n_segments)
     hands: list[list[int]] = [[] for _ in range(n)]
     for i in range(n_segments):
         # to and fro, as teams are picked

@@ -62,7 +62,7 @@ def fact_rows(result: BenchResult) -> list[tuple[str, str]]:
     rows += [
         ("layers", _layers(result)),
         ("prefill", f"n = {stock.prefill.against.n} parts of the long prompt, equally deep on average"),
-        ("its end", f"n = {stock.prefill_full.against.n} parts of its last quarter"),
+        ("its end", f"n = {stock.prefill_full.against.n} parts at the end of it"),
         ("decode", f"n = {stock.decode['full'].against.n} runs of {settings['decode_tokens']} tokens at each depth"),
         ("took", _minutes(result.seconds)),
     ]

@@ -20,7 +20,7 @@ class Row:
         kv_share: of the full F16 cache of the same context.
         evict_share: of all the time computed, what went into scoring and eviction.
         prefill: of the long prompt, from empty.
-        prefill_full: of its last quarter.
+        prefill_full: at its end, batch by batch.
         decode: by depth, see `depthkv_edge.bench.plan.DEPTHS`.
         first_token_seconds: for the long prompt and one token after it, median.
     """

@@ -41,7 +41,7 @@ def check_baseline(directory: Path) -> Path:
     way_out = "run scripts/build-baseline.sh in the source tree and give the directory that it prints"
     if not directory.is_dir():
         raise DepthKVError(f"baseline {directory} is not a directory: {way_out}")
-    if not _library._holds_libllama(directory):
+    if not _library.holds_libllama(directory):
         raise DepthKVError(f"baseline {directory} holds no libllama: {way_out}")
     return directory.resolve()
 

@@ -25,13 +25,17 @@ def prefill_samples(turns: Sequence[Turn], plan: Plan) -> list[Timing]:
     samples = []
     for n_pass in range(plan.passes):
         segments = [turn.timing for turn in turns if turn.n_pass == n_pass and not turn.step.is_decode]
-        samples += [total([segments[i] for i in hand]) for hand in deal(len(segments))]
+        samples += [total([segments[i] for i in hand]) for hand in deal(len(segments), plan.hands)]
     return samples
 
 
 def prefill_full_samples(turns: Sequence[Turn], plan: Plan) -> list[Timing]:
-    """Of the last quarter of the prompt: its segments, over all passes."""
-    return [turn.timing for turn in turns if not turn.step.is_decode and turn.step.start >= plan.n_prompt * 3 // 4]
+    """Of the end of the prompt: the last segments of each pass, as many as there are samples of the whole prompt."""
+    samples = []
+    for n_pass in range(plan.passes):
+        segments = [turn.timing for turn in turns if turn.n_pass == n_pass and not turn.step.is_decode]
+        samples += segments[-plan.hands :]
+    return samples
 
 
 def decode_samples(turns: Sequence[Turn], plan: Plan, depth: str) -> list[Timing]:

@@ -32,7 +32,7 @@ class Sizes:
     segment: int = 512
     run: int = 64
     turn: int = 8
-    prompt: int = 8192
+    prompt: int = 10240
     pairs: int = 2
     pair_turns: int = 16
     pair_prefill: int = 32

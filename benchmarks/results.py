@@ -246,10 +246,10 @@ def render_peers(report: Report) -> str:
     settings, versions = report["settings"], report["versions"]
     parts = [
         f"F32 weights; {settings['prompt_tokens']} tokens of {', '.join(settings['texts'])} are read, the next "
-        f"{settings['tail_tokens']} predicted; kvpress {versions['kvpress']} on transformers {versions['transformers']}. "
-        "**kvpress** and **once** read the whole prompt into a full cache and then shrink it, in torch; the cache grows again "
-        "with every token after that. **bounded** is the engine, which never holds more: at the bytes that **once** ends "
-        "with, and at the keep ratio itself.",
+        f"{settings['tail_tokens']} predicted; kvpress {versions['kvpress']} on transformers "
+        f"{versions['transformers']}. **kvpress** and **once** compute the whole prompt at once, in torch, and shrink "
+        "each layer's cache after it; the cache grows again with every token that follows. **bounded** is the engine, "
+        "which never holds more: at the bytes that **once** ends with, and at the keep ratio itself.",
         _checks(report["checks"]),
     ]
     if report.get("windows"):

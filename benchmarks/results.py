@@ -66,6 +66,7 @@ class Section:
         command: prints the report as JSON on standard output.
         render: report to Markdown.
         plots: plots it draws, shown in this order.
+        prepare: commands that it needs besides those of the model.
     """
 
     name: str
@@ -74,16 +75,22 @@ class Section:
     command: Command
     render: Callable[[Report], str]
     plots: tuple[str, ...] = ()
+    prepare: tuple[Command, ...] = ()
 
     @property
     def report(self) -> Path:
         return REPORTS / f"{self.name}.json"
 
+    @property
+    def run(self) -> Command:
+        """The command, with where its plots go."""
+        return [*self.command, *(["--plot", str(REPORTS / self.name)] if self.plots else [])]
+
 
 # --- tables -----------------------------------------------------------------------------------------------------------
 
 
-def quality_table(report: Report, *, timed: bool = True) -> str:
+def quality_table(report: Report, *, timed: bool) -> str:
     """Running text and retrieval. Times are left out where something else may have run on the machine."""
     rows = []
     for row in report["rows"]:
@@ -218,11 +225,16 @@ def _speed(speed: Report) -> str:
 
 
 def render_quality(report: Report) -> str:
-    return f"{_facts(report)}\n\n{quality_table(report)}\n\nKL divergence by text:\n\n{text_table(report)}"
+    return _quality(report, timed=True)
 
 
 def render_untimed(report: Report) -> str:
-    return f"{_facts(report)}\n\n{quality_table(report, timed=False)}\n\nKL divergence by text:\n\n{text_table(report)}"
+    return _quality(report, timed=False)
+
+
+def _quality(report: Report, *, timed: bool) -> str:
+    table = quality_table(report, timed=timed)
+    return f"{_facts(report)}\n\n{table}\n\nKL divergence by text:\n\n{text_table(report)}"
 
 
 def render_tasks(report: Report) -> str:
@@ -311,6 +323,7 @@ SECTIONS = (
             *("--baseline", str(BASELINE / "bin"), "--json"),
         ],
         render_speed,
+        prepare=(["scripts/build-baseline.sh", str(BASELINE)],),
     ),
     Section(
         "smollm2-f32",
@@ -364,11 +377,10 @@ def run_section(section: Section) -> None:
     if not section.model.path.exists():
         for command in section.model.prepare:
             subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-    if section.name == "speed":
-        subprocess.run(["scripts/build-baseline.sh", str(BASELINE)], check=True, stdout=subprocess.DEVNULL)
+    for command in section.prepare:
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     plots = REPORTS / section.name
-    drawn = ["--plot", str(plots)] if section.plots else []
-    done = subprocess.run([*section.command, *drawn], check=True, stdout=subprocess.PIPE, text=True)
+    done = subprocess.run(section.run, check=True, stdout=subprocess.PIPE, text=True)
     for path in plots.glob("*.png") if section.plots else ():
         if path.stem not in section.plots:
             path.unlink()
@@ -390,7 +402,7 @@ def render() -> str:
 
 
 def _section(section: Section, report: Report) -> str:
-    commands = [shlex.join(command) for command in section.model.prepare] + [shlex.join(section.command)]
+    commands = [shlex.join(command) for command in (*section.model.prepare, *section.prepare, section.run)]
     pictures = [f"![{name}]({section.report.parent.name}/{section.name}/{name}.png)" for name in section.plots]
     return "\n\n".join(
         [
@@ -413,7 +425,7 @@ def main(sections: tuple[str, ...], only_render: bool) -> None:
         raise click.UsageError(f"run it in {ROOT}")
     for section in SECTIONS:
         if not only_render and (not sections or section.name in sections):
-            click.echo(f"{section.name}: {shlex.join(section.command)}", err=True)
+            click.echo(f"{section.name}: {shlex.join(section.run)}", err=True)
             run_section(section)
     PAGE.write_text(render())
 

@@ -23,8 +23,7 @@ class Turn:
 def prefill_samples(turns: Sequence[Turn], plan: Plan) -> list[Timing]:
     """Of the whole prompt: for each pass, hands of its segments that are equally deep on average."""
     samples = []
-    for n_pass in range(plan.passes):
-        segments = [turn.timing for turn in turns if turn.n_pass == n_pass and not turn.step.is_decode]
+    for segments in _segments(turns, plan):
         samples += [total([segments[i] for i in hand]) for hand in deal(len(segments), plan.hands)]
     return samples
 
@@ -32,10 +31,17 @@ def prefill_samples(turns: Sequence[Turn], plan: Plan) -> list[Timing]:
 def prefill_full_samples(turns: Sequence[Turn], plan: Plan) -> list[Timing]:
     """Of the end of the prompt: the last segments of each pass, as many as there are samples of the whole prompt."""
     samples = []
-    for n_pass in range(plan.passes):
-        segments = [turn.timing for turn in turns if turn.n_pass == n_pass and not turn.step.is_decode]
+    for segments in _segments(turns, plan):
         samples += segments[-plan.hands :]
     return samples
+
+
+def _segments(turns: Sequence[Turn], plan: Plan) -> list[list[Timing]]:
+    """Of each pass, its prefill."""
+    return [
+        [turn.timing for turn in turns if turn.n_pass == n_pass and not turn.step.is_decode]
+        for n_pass in range(plan.passes)
+    ]
 
 
 def decode_samples(turns: Sequence[Turn], plan: Plan, depth: str) -> list[Timing]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -149,7 +150,7 @@ class Stream:
 
 
 @dataclass
-class _Bounded(Stream):
+class _Bounded(Stream, ABC):
     """A stock cache of fewer cells than the text has tokens. What happens when it is full is `_make_room`'s."""
 
     def predict(self, tokens: Sequence[int]) -> np.ndarray:
@@ -171,8 +172,9 @@ class _Bounded(Stream):
             yield tokens[done : done + n]
             done += n
 
+    @abstractmethod
     def _make_room(self) -> None:
-        raise NotImplementedError
+        """Free at least one cell."""
 
     def next_token(self, tokens: Sequence[int]) -> int:
         self.feed(tokens[:-1])

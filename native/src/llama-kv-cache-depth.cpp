@@ -287,7 +287,9 @@ bool llama_kv_cache_depth::get_can_shift() const {
         return false;
     }
 
-    return !kv_iswa || kv_iswa->get_can_shift();
+    // windows shift in a full-size cache only, see llama_kv_cache_iswa::get_can_shift(). here they are smaller, unless the
+    // context is as small as they are, and then the base cache beside them has no tensors to build a graph from
+    return !kv_iswa;
 }
 
 //

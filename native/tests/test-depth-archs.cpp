@@ -1,6 +1,6 @@
 // every architecture, on the tiny random models that upstream's `test-llama-archs -o DIR` writes: either a budget works
 //   - with room for everything, logits are those of the stock cache
-//   - with half of the cells, evaluation goes on and the layers stay within their capacity
+//   - with half of the cells, evaluation goes on and the layers stay within their capacity, also after a position shift
 // or it is refused with a line that names the architecture
 //
 // usage: test-depth-archs DIR
@@ -53,6 +53,21 @@ static double nmse(const std::vector<float> & a, const std::vector<float> & b) {
         ref += (double) a[i]*a[i];
     }
     return err/ref;
+}
+
+// drop positions as a context shift does, and go on. an architecture that says it cannot shift is left alone
+static bool shift(llama_context * ctx, llama_token token) {
+    auto * mem = llama_get_memory(ctx);
+
+    if (!llama_memory_can_shift(mem)) {
+        return true;
+    }
+    if (!llama_memory_seq_rm(mem, 0, 4, 68)) {
+        return false;
+    }
+    llama_memory_seq_add(mem, 0, 68, -1, -64);
+
+    return llama_decode(ctx, llama_batch_get_one(&token, 1)) == 0;
 }
 
 static bool test_arch(const std::string & path) {
@@ -152,6 +167,10 @@ static bool test_arch(const std::string & path) {
                 if (l.used > l.cells || l.used + l.evicted != (uint32_t) (n_prompt + n_decode)) {
                     why = "cells do not add up";
                 }
+            }
+
+            if (!why && !shift(ctx_half, tokens[0])) {
+                why = "decode after a shift failed";
             }
         }
 

@@ -14,7 +14,7 @@ from depthkv_edge.errors import DepthKVError
 llama_cpp = _library.import_bindings()
 _api = llama_cpp.llama_cpp  # the module that mirrors llama.h, and owns the library handle
 
-VERSION = 2  # LLAMA_DEPTHKV_VERSION
+VERSION = 3  # LLAMA_DEPTHKV_VERSION
 SCORERS = ("attention", "window", "streaming", "random")
 RULES = ("uniform", "proportional", "optimal")
 
@@ -51,6 +51,8 @@ class llama_depthkv_stats(ctypes.Structure):
         ("bytes", ctypes.c_size_t),
         ("bytes_full", ctypes.c_size_t),
         ("bytes_scorer", ctypes.c_size_t),
+        ("bytes_compute", ctypes.c_size_t),
+        ("bytes_work", ctypes.c_size_t),
         ("n_score", ctypes.c_uint64),
         ("n_evict", ctypes.c_uint64),
         ("t_evict_us", ctypes.c_int64),

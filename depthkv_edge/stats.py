@@ -42,6 +42,8 @@ class KVStats:
         bytes: K and V allocated, all layers and sequences.
         bytes_full: the same for the full cache.
         bytes_scorer: query samples and other eviction state.
+        bytes_compute: temporary buffers of all backends, for the largest ubatch.
+        bytes_work: bound of what the CPU backend needs beside them.
         n_ubatch: tokens computed at once.
         n_score: scoring passes.
         n_evict: cells freed by eviction, all layers.
@@ -57,6 +59,8 @@ class KVStats:
     bytes: int
     bytes_full: int
     bytes_scorer: int
+    bytes_compute: int
+    bytes_work: int
     n_ubatch: int
     n_score: int
     n_evict: int
@@ -86,6 +90,8 @@ def read_stats(ctx: Any, budget: float, seq_id: int = 0) -> KVStats:
         bytes=raw.bytes,
         bytes_full=raw.bytes_full,
         bytes_scorer=raw.bytes_scorer,
+        bytes_compute=raw.bytes_compute,
+        bytes_work=raw.bytes_work,
         n_ubatch=raw.n_ubatch,
         n_score=raw.n_score,
         n_evict=raw.n_evict,

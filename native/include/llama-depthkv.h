@@ -21,7 +21,7 @@ extern "C" {
 #endif
 
 // changes whenever a struct or a function below does
-#define LLAMA_DEPTHKV_VERSION 2
+#define LLAMA_DEPTHKV_VERSION 3
 
 // the version that the library was built with: structs are passed by value, so check it before anything else
 LLAMA_API int32_t llama_depthkv_version(void);
@@ -76,6 +76,8 @@ LLAMA_API size_t llama_depthkv_bytes_full(const struct llama_model * model, stru
 //
 // statistics
 //
+// a context on a model that was loaded without weights (llama_model_params::no_alloc) has them too: what the memory would be
+//
 
 struct llama_depthkv_layer {
     int32_t  layer;     // index in the model
@@ -91,7 +93,9 @@ struct llama_depthkv_stats {
     uint32_t n_ubatch;
     size_t   bytes;         // K and V allocated, all layers and sequences, SWA layers included
     size_t   bytes_full;    // the same for the full cache
-    size_t   bytes_scorer;  // query samples and other eviction state on the device
+    size_t   bytes_scorer;  // query samples and other eviction state on the device; without weights: the most it can become
+    size_t   bytes_compute; // temporary buffers of all backends, for the largest ubatch
+    size_t   bytes_work;    // bound of what the CPU backend needs beside them to convert operands
     uint64_t n_score;       // scoring passes
     uint64_t n_evict;       // cells freed by eviction, all layers
     int64_t  t_evict_us;    // time spent on scoring and eviction
@@ -121,7 +125,8 @@ LLAMA_API int32_t llama_depthkv_get_positions(
 // pinning
 //
 
-// never evict positions [p0, p1) of the sequence; a position shift moves the span along, removing the tokens removes it
+// never evict positions [p0, p1) of the sequence, whether or not they hold a token yet
+// a position shift moves the span along, removing the tokens removes it
 // false if the pinned tokens would leave no room for the recent window and one ubatch
 LLAMA_API bool llama_depthkv_pin  (struct llama_context * ctx, llama_seq_id seq_id, llama_pos p0, llama_pos p1);
 LLAMA_API void llama_depthkv_unpin(struct llama_context * ctx, llama_seq_id seq_id);

@@ -162,6 +162,66 @@ static const llama_kv_cache * llama_depthkv_get_stock(const llama_context * ctx)
     return dynamic_cast<llama_kv_cache *>(mem);
 }
 
+static size_t llama_depthkv_bytes_compute(const llama_context * ctx) {
+    size_t res = 0;
+    for (const auto & [_, mb] : ctx->memory_breakdown()) {
+        res += mb.compute;
+    }
+    return res;
+}
+
+// the CPU backend converts the right-hand side of a matrix product outside of the compute buffer, see ggml_graph_plan()
+// without flash attention that is the score matrix once more. 16 bits are the widest type that it converts to
+static size_t llama_depthkv_bytes_work(const llama_context * ctx) {
+    size_t res = 0;
+
+    // the last graph that is reserved is the largest
+    const auto * reserved = ctx->get_gf_res_reserve();
+    auto       * gf       = reserved ? reserved->get_gf() : nullptr;
+
+    for (int i = 0; gf && i < ggml_graph_n_nodes(gf); ++i) {
+        const ggml_tensor * node = ggml_graph_node(gf, i);
+
+        if (node->op != GGML_OP_MUL_MAT && node->op != GGML_OP_MUL_MAT_ID) {
+            continue;
+        }
+        if (node->src[0]->type != GGML_TYPE_F32 && node->src[1]->type == GGML_TYPE_F32) {
+            res = std::max(res, sizeof(ggml_fp16_t)*ggml_nelements(node->src[1]));
+        }
+    }
+
+    return res;
+}
+
+// what llama_kv_cache_depth::compute_attn() and ::update() will allocate when they first run
+static size_t llama_depthkv_bytes_sched(const llama_model & model, const llama_kv_cache_depth & kv) {
+    const auto & hparams = model.hparams;
+
+    size_t res = 0;
+
+    for (const auto & layer : kv.get_layers()) {
+        const size_t n_cells = layer.n_cells;
+        const size_t n_head  = hparams.n_head(layer.il);
+        const size_t n_query = llama_kv_cache_depth::n_query;
+
+        if (layer.q) {
+            // scores and mask of the sampled queries, the values of one head and their norms, the queries
+            const size_t n_row = n_query*(n_head + 1) + hparams.n_embd_head_v(layer.il) + 2*hparams.n_head_kv(layer.il);
+
+            res = std::max(res, sizeof(float)*(n_cells*n_row + 2*n_query*n_head*hparams.n_embd_head_k(layer.il)));
+        }
+
+        // keys, rotated back before the shift and again after it if they are stored so
+        if (kv.get_can_shift()) {
+            const size_t n_copies = layer.n_rot_k ? 2 : 1;
+
+            res = std::max(res, sizeof(float)*n_cells*kv.get_n_stream()*(n_copies*hparams.n_embd_k_gqa(layer.il) + 1));
+        }
+    }
+
+    return res;
+}
+
 bool llama_depthkv_get_stats(const llama_context * ctx, llama_depthkv_stats * stats) {
     return llama_depthkv_try(false, [&]() {
         llama_depthkv_check_ptr(ctx);
@@ -171,7 +231,9 @@ bool llama_depthkv_get_stats(const llama_context * ctx, llama_depthkv_stats * st
 
         *stats = {};
 
-        stats->n_ubatch = cparams.n_ubatch;
+        stats->n_ubatch      = cparams.n_ubatch;
+        stats->bytes_compute = llama_depthkv_bytes_compute(ctx);
+        stats->bytes_work    = llama_depthkv_bytes_work(ctx);
 
         if (const auto * kv = llama_depthkv_get_cache(ctx)) {
             const auto & plan = kv->get_plan();
@@ -185,7 +247,7 @@ bool llama_depthkv_get_stats(const llama_context * ctx, llama_depthkv_stats * st
             stats->n_layers     = plan.layers.size();
             stats->bytes        = kv->size_kv_bytes();
             stats->bytes_full   = llama_kv_depth_bytes_full(model, cparams.n_ctx_seq, n_seq_max, iswa ? cparams.n_ubatch : 0, plan.type_k, plan.type_v);
-            stats->bytes_scorer = kv->size_scorer_bytes();
+            stats->bytes_scorer = kv->size_scorer_bytes() + (model.hparams.no_alloc ? llama_depthkv_bytes_sched(model, *kv) : 0);
             stats->n_score      = stat.n_score;
             stats->n_evict      = stat.n_evict;
             stats->t_evict_us   = stat.t_evict_us;

@@ -1,5 +1,5 @@
-# llama-bench, llama-perplexity, the upstream tests that touch the cache, and our own native tests. Taking single sources out of
-# upstream's tools/ and tests/ spares us configuring and building the server, the web UI and the multimodal library.
+# llama-cli, llama-bench, llama-perplexity, the upstream tests that touch the cache, and our own native tests. Taking single
+# sources out of upstream's tools/ and tests/ spares us configuring all of them; llama-cli comes with the server.
 enable_testing()
 
 foreach(tool bench perplexity)
@@ -12,6 +12,10 @@ foreach(tool bench perplexity)
     target_link_libraries(llama-${tool} PRIVATE llama-common llama)
     list(APPEND tools llama-${tool})
 endforeach()
+
+if(TARGET llama-cli)
+    list(APPEND tools llama-cli)
+endif()
 
 set(upstream_tests test-llama-archs test-save-load-state test-state-restore-fragmented test-batch-alloc test-thread-safety)
 foreach(test ${upstream_tests})

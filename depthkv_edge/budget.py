@@ -103,6 +103,22 @@ def parse_budget(written: Budget | float | str) -> Budget:
     return Fraction(fraction)
 
 
+def parse_size(written: str) -> int:
+    """Bytes of a size as users write it: `512MiB`, `1.5GB`, `800 kb`.
+
+    Raises:
+        DepthKVError: not a number with a unit, or less than one byte.
+    """
+    match = _WRITTEN.fullmatch(written.strip())
+    unit = (match[2] or "").lower() if match else ""
+    if match is None or unit not in _UNITS:
+        raise DepthKVError(f"memory {written!r} is not understood: give a size such as 512MiB or 2GB")
+    n_bytes = float(match[1]) * _UNITS[unit]
+    if not (math.isfinite(n_bytes) and n_bytes >= 1):
+        raise DepthKVError(f"memory {written} is less than one byte: give a size such as 512MiB or 2GB")
+    return int(min(n_bytes, 2.0**62))
+
+
 def largest_share(part: int, whole: int) -> float:
     """`part / whole`, at most 1, as a 32-bit fraction `f` with `floor(f * whole) <= part`.
 

@@ -9,6 +9,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from depthkv_edge import _log, _native
 from depthkv_edge._native import llama_cpp
 from depthkv_edge.budget import Budget, Fraction, FullCache, parse_budget
@@ -94,6 +96,13 @@ class Llama(llama_cpp.Llama):
             except (ValueError, RuntimeError) as error:
                 reason = _native.last_error() or _log.reason(lines) or str(error)
                 raise DepthKVError(f"{model_path}: {reason}") from error
+            except MemoryError as error:  # the buffers of the base class
+                raise DepthKVError(
+                    f"{model_path}: out of memory ({error}): give a smaller context or KV budget"
+                ) from error
+        if len(self.input_ids) < self.n_ctx():
+            # the engine rounds a context up, the base class keeps what was asked for
+            self.input_ids = np.zeros(self.n_ctx(), np.intc)
 
     # The base class loads the model and creates the context in one __init__, with no hook between them. It stores the
     # model in `_model` in between, when the context's parameters are already filled in: the one place where they can
@@ -108,9 +117,8 @@ class Llama(llama_cpp.Llama):
         self.__dict__["_model"] = model
         self._budget = _model_budget(model, self.kv_overrides or {})
         params = self.context_params
-        if self._flash_attn is None and (self._budget < 1.0 or _is_quantised(params.type_v)):
-            # llama.cpp needs flash attention for a quantised V; otherwise the engine knows what is fastest
-            params.flash_attn_type = _api.LLAMA_FLASH_ATTN_TYPE_AUTO
+        if self._flash_attn is None:
+            params.flash_attn_type = default_flash_attn(self._budget, params.type_v)
         if self._swa_full is None and self._budget < 1.0:
             # full-size caches for sliding windows would cost more than the budget saves
             params.swa_full = False
@@ -170,7 +178,15 @@ def resolve_budget(budget: Budget, model_path: str, kwargs: Mapping[str, Any]) -
     if isinstance(budget, Fraction):
         return budget.value
     with load_without_weights(model_path) as model:
-        return budget.resolve(_full_cache(model, kwargs))
+        return budget.resolve(full_cache(model, kwargs))
+
+
+def default_flash_attn(budget: float, type_v: int) -> int:
+    """`enum llama_flash_attn_type` where the caller has no wish: the engine knows what is fastest with a budget."""
+    # llama.cpp needs flash attention for a quantised V
+    if budget < 1.0 or _is_quantised(type_v):
+        return int(_api.LLAMA_FLASH_ATTN_TYPE_AUTO)
+    return int(_api.LLAMA_FLASH_ATTN_TYPE_DISABLED)
 
 
 @contextlib.contextmanager
@@ -188,7 +204,12 @@ def load_without_weights(model_path: str) -> Iterator[Any]:
         _api.llama_model_free(model)
 
 
-def _full_cache(model: Any, kwargs: Mapping[str, Any]) -> FullCache:
+def full_cache(model: Any, kwargs: Mapping[str, Any]) -> FullCache:
+    """The full KV cache that `Llama` with these arguments would have, for a model that is loaded already.
+
+    Raises:
+        DepthKVError: per-layer eviction is not defined for the model.
+    """
     params = _api.llama_context_default_params()
     n_ctx = kwargs.get("n_ctx", 512) or _api.llama_model_n_ctx_train(model)
     params.n_batch = min(n_ctx, kwargs.get("n_batch", 512))

@@ -22,6 +22,11 @@ def peak_rss_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
+def rss_bytes() -> int:
+    """Resident size of the process."""
+    return int(psutil.Process().memory_info().rss)
+
+
 def free_bytes() -> int:
     """Memory that a new allocation can have without swapping, within the limit of the process's control group."""
     free = psutil.virtual_memory().available

@@ -1,0 +1,112 @@
+"""What several commands have in common."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+
+from depthkv_edge.budget import Auto, Budget, parse_size
+from depthkv_edge.errors import DepthKVError
+
+KV_TYPES = {"f32": 0, "f16": 1, "bf16": 30, "q8_0": 8, "q4_0": 2}  # enum ggml_type
+FLASH_ATTN = {"auto": None, "on": True, "off": False}
+MEMORY_HELP = (
+    "Weights, buffers and KV cache together stay under this: 512MiB, 2GB, ... Context and budget are chosen where they "
+    "are not given."
+)
+
+
+@dataclass(frozen=True)
+class Context:
+    """Arguments of `Llama` that `--memory` may choose."""
+
+    n_ctx: int
+    n_ubatch: int
+    kv_budget: Budget | float | None
+
+    def arguments(self) -> dict[str, Any]:
+        """By the names that `Llama` has for them."""
+        return {"n_ctx": self.n_ctx, "n_ubatch": self.n_ubatch, "kv_budget": self.kv_budget}
+
+
+def parse_memory(written: str | None) -> int | None:
+    """Bytes of `--memory`.
+
+    Raises:
+        DepthKVError: not understood.
+    """
+    return None if written is None else parse_size(written)
+
+
+def fitted(
+    path: Path,
+    memory: int | None,
+    budget: Budget | None,
+    n_ctx: int | None,
+    n_ubatch: int,
+    type_k: int,
+    type_v: int,
+    *,
+    flash_attn: bool | None = None,
+    scorer: str | None = None,
+    rule: str | None = None,
+) -> Context:
+    """What was asked for, or, with `--memory` or the budget `auto`, what fits: that is said on standard error.
+
+    Raises:
+        DepthKVError: nothing fits, or the engine refuses the model.
+    """
+    if memory is None and not isinstance(budget, Auto):
+        return Context(n_ctx or 0, n_ubatch, budget)
+    from depthkv_edge.fit import Shape, fit_memory, free_memory
+
+    fit = fit_memory(
+        path,
+        free_memory() if memory is None else memory,
+        n_ctx,
+        budget,
+        n_ubatch=n_ubatch,
+        # enum llama_flash_attn_type is -1, 0 or 1
+        shape=Shape(
+            type_k=type_k,
+            type_v=type_v,
+            flash_attn=None if flash_attn is None else int(flash_attn),
+            scorer=scorer,
+            rule=rule,
+        ),
+    )
+    for name, text in fit.rows:
+        click.echo(f"{name:<10}{text}", err=True)
+    return Context(fit.n_ctx, fit.n_ubatch, fit.budget)
+
+
+def check_positive(*options: tuple[str, int | None]) -> None:
+    """Check options that count something.
+
+    Raises:
+        DepthKVError: one of them is below 1; the message names it.
+    """
+    for name, value in options:
+        if value is not None and value < 1:
+            raise DepthKVError(f"{name} {value} is not above 0: give 1 or more")
+
+
+def check_temperature(value: float) -> None:
+    """Check a temperature.
+
+    Raises:
+        DepthKVError: negative, or no number.
+    """
+    if not value >= 0:
+        raise DepthKVError(f"--temp {value} is not a temperature: give 0 or more")
+
+
+def default_threads() -> int:
+    """The physical cores."""
+    import psutil
+
+    return psutil.cpu_count(logical=False) or os.cpu_count() or 1

@@ -1,0 +1,244 @@
+"""What a context needs in bytes, what is chosen for a memory size, and that it holds in a process."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from conftest import Outcome, run_python
+from hypothesis import given
+from hypothesis import strategies as st
+from test_cli_errors import refused
+from tiny import write_llama, write_mamba
+
+from depthkv_edge import DepthKVError, fit
+from depthkv_edge.budget import Auto, Bytes, Fraction, Tokens, parse_size
+from depthkv_edge.fit import LOWEST_BUDGET, Need, Shape, contexts_up_to, fit_memory, free_memory, measuring
+
+MIB = 2**20
+
+
+@pytest.mark.parametrize(
+    ("written", "n_bytes"),
+    [("512MiB", 512 * MIB), (" 1.5 gib ", 1536 * MIB), ("2GB", 2 * 10**9), ("800kb", 800_000)],
+)
+def test_sizes(written, n_bytes):
+    assert parse_size(written) == n_bytes
+
+
+@pytest.mark.parametrize("written", ["", "512", "60%", "4096t", "auto", "many", "0MiB", "-1MiB", "nanMiB", "infGiB"])
+def test_no_size(written):
+    with pytest.raises(DepthKVError, match="512MiB") as caught:
+        parse_size(written)
+    assert "\n" not in str(caught.value)
+
+
+def test_contexts():
+    assert contexts_up_to(8192) == [8192, 4096, 2048, 1024, 512]
+    assert contexts_up_to(3000) == [3000, 2048, 1024, 512]
+    assert contexts_up_to(40) == [40]
+
+
+# the choice, as arithmetic
+
+
+def plain_need(n_ctx: int, budget: float, n_ubatch: int) -> Need:
+    """A model whose layers have a floor of 64 cells."""
+    if budget * n_ctx < 64:
+        raise DepthKVError("below the floor")
+    return Need(weights=1000, kv=int(budget * n_ctx), compute=n_ubatch, scorer=0, process=500, reserve=100)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory) -> Path:
+    return write_llama(tmp_path_factory.mktemp("tiny") / "m.gguf")  # trained for 512 tokens
+
+
+def chosen(tiny: Path, memory: int, n_ctx: int | None = None, budget=None, n_ubatch: int = 512) -> fit.Fit | None:
+    need_of, fit._need_of = fit._need_of, lambda *arguments: plain_need
+    try:
+        return fit_memory(tiny, memory, n_ctx, budget, n_ubatch=n_ubatch)
+    except DepthKVError as error:
+        assert "too little memory" in str(error)
+        return None
+    finally:
+        fit._need_of = need_of
+
+
+@given(memory=st.integers(0, 4000), n_ctx=st.sampled_from([256, 512, 1000]), n_ubatch=st.sampled_from([32, 100, 512]))
+def test_the_largest_budget_that_fits(tiny, memory, n_ctx, n_ubatch):
+    found = chosen(tiny, memory, n_ctx, n_ubatch=n_ubatch)
+    ubatches = [n_ubatch, *(n for n in (512, 256, 128, 64, 32) if n < n_ubatch)]
+    fitting = [
+        (n, i / 100)
+        for n in ubatches
+        for i in range(20, 101)
+        if i / 100 * n_ctx >= 64 and plain_need(n_ctx, i / 100, n).total <= memory
+    ]
+    if not fitting:
+        assert found is None
+        return
+    assert found is not None and found.need.total <= memory and found.n_ctx == n_ctx
+    assert (found.n_ubatch, found.budget) == max(fitting)
+
+
+@given(memory=st.integers(0, 4000))
+def test_the_largest_context_that_fits(tiny, memory):
+    found = chosen(tiny, memory)
+    least = plain_need(512, LOWEST_BUDGET, 32).total
+    if memory < least:
+        assert found is None
+    else:
+        assert found is not None and found.n_ctx == 512 and found.need.total <= memory
+
+
+@given(memory=st.integers(0, 4000), share=st.floats(0.3, 1.0))
+def test_a_given_budget_is_kept(tiny, memory, share):
+    found = chosen(tiny, memory, 512, Fraction(share))
+    assert found is None or found.budget == share
+    assert (found is None) == (plain_need(512, share, 32).total > memory)
+
+
+def test_the_least_memory_is_named(tiny):
+    with pytest.raises(DepthKVError) as caught:
+        fit_memory(tiny, MIB, 512)
+    text = str(caught.value)
+    assert "m.gguf" in text and "512 tokens" in text and "\n" not in text
+    least = parse_size(text.partition("would do is ")[2].partition(",")[0])
+    assert fit_memory(tiny, least + 4 * MIB, 512).budget >= LOWEST_BUDGET, "this process has grown meanwhile"
+    with pytest.raises(DepthKVError):
+        fit_memory(tiny, least - 4 * MIB, 512)
+
+
+def test_sizes_in_bytes_and_tokens(tiny):
+    assert fit_memory(tiny, 2**40, 512, Tokens(256)).budget == 0.5
+    assert fit_memory(tiny, 2**40, 512, Bytes(2 * 512 * 2 * 64)).budget == 0.5
+    assert fit_memory(tiny, 2**40, 512, Auto()).budget == 1.0
+
+
+def test_a_model_without_a_budget(tmp_path):
+    path = write_mamba(tmp_path / "mamba.gguf")
+    with pytest.raises(DepthKVError, match="'mamba'"):
+        fit_memory(path, 2**40, 512, Fraction(0.5))
+
+
+def test_free_memory_counts_what_the_process_has(monkeypatch):
+    monkeypatch.setattr(fit, "free_bytes", lambda: 1000 * MIB)
+    monkeypatch.setattr(fit, "rss_bytes", lambda: 100 * MIB)
+    assert free_memory() == 1000 * MIB
+
+
+# the engine
+
+
+def test_what_is_planned_is_what_is_allocated(load, smollm2):
+    shape = Shape(type_k=8, type_v=8)
+    with measuring(smollm2) as need_of, measuring(smollm2, shape) as need_of_q8:
+        cases = {(b, q): (need_of_q8 if q else need_of)(1024, b, 64) for b in (1.0, 0.5) for q in (False, True)}
+    for (budget, quantised), need in cases.items():
+        types = {"type_k": 8, "type_v": 8} if quantised else {}
+        llama = load(n_ctx=1024, n_batch=512, kv_budget=budget, **types)
+        stats = llama.kv_stats()
+        assert need.kv == stats.bytes
+        # the engine reserves logits for every token of the ubatch, of which the last one's are used
+        reserved = stats.bytes_compute + stats.bytes_work
+        assert 0 < need.compute <= reserved <= need.compute + 4 * stats.n_ubatch * llama.n_vocab()
+        assert stats.bytes_work > 0 or quantised
+        if budget < 1:
+            llama.eval(llama.tokenize(b"Rivers and bridges. " * 120)[:600])
+            assert llama.kv_stats().n_score > 0
+            grown = llama.kv_stats().bytes_scorer
+            assert grown <= need.scorer <= 2 * grown + MIB, "the most that scoring and shifting can take"
+        llama.close()
+
+
+def test_more_costs_more(smollm2):
+    with measuring(smollm2, process_bytes=0) as need_of:
+        needs = [need_of(4096, budget, 128).total for budget in (0.2, 0.4, 0.6, 0.8, 1.0)]
+        assert needs == sorted(needs)
+        assert need_of(8192, 0.5, 128).total > need_of(4096, 0.5, 128).total
+        assert need_of(4096, 1.0, 512).compute > need_of(4096, 1.0, 64).compute
+
+
+def test_a_process_stays_under_the_memory(cli, document):
+    arguments = ("run", "smollm2", "-c", 4096, "-f", "-", "-p", "What is this?", "-n", 8, "--threads", 2, "--json")
+    outcome = cli(*arguments, "--memory", "256MiB", stdin=document(1500))
+    result = outcome.json()
+    assert result["peak_rss_bytes"] <= 256 * MIB
+    assert result["tokens_prompt"] > 1400
+    rows = {line.split()[0]: line for line in outcome.err.splitlines()}
+    assert list(rows) in (["memory", "context", "budget"], ["memory", "context", "budget", "ubatch"])
+    assert "of 256.0 MiB: weights" in rows["memory"]
+    assert "4096 tokens, as given" in rows["context"]
+    assert "the largest that fits" in rows["budget"]
+    said = float(rows["memory"].split()[1])
+    assert 0.75 * said <= result["peak_rss_bytes"] / MIB <= said <= 256, "and what was said is what it takes"
+
+
+def test_the_context_is_chosen(cli):
+    asked = ("run", "smollm2", "-p", "Hi", "-n", 4, "--threads", 2, "--json")
+    outcome = cli(*asked, "--memory", "1GiB")
+    assert "8192 tokens, what the model was trained for" in outcome.err
+    assert outcome.json()["kv"]["budget"] == 1.0
+    outcome = cli(*asked, "--kv-budget", "auto", "-c", 512)
+    assert "512 tokens, as given" in outcome.err and "the full cache fits" in outcome.err
+    with_budget = cli("chat", *asked[1:2], "--memory", "512MiB", "--kv-budget", 0.5, "-n", 4, "--json", stdin="Hi\n")
+    assert "0.5 of the full KV cache, as given" in with_budget.err
+    assert json.loads(with_budget.out)["kv"]["budget"] == 0.5
+
+
+def test_what_cannot_fit_fails_before_loading(cli, smollm2):
+    line = refused(cli("run", "smollm2", "-p", "Hi", "-c", 8192, "--memory", "100MiB"))
+    assert "100.0 MiB is too little memory" in line and "8192 tokens" in line
+    least = line.partition("would do is ")[2].partition(",")[0]
+    assert 150 * MIB < parse_size(least) < 400 * MIB
+    refused(cli("run", "smollm2", "-p", "Hi", "-c", 8192, "--memory", "100MiB", "--kv-budget", "0.5"))
+    refused(cli("run", "smollm2", "-p", "Hi", "--memory", "10MiB"))
+
+
+# a hard limit
+
+LIMITED = """
+import json, resource, sys
+from pathlib import Path
+limit, *arguments = sys.argv[1:]
+if int(limit):
+    resource.setrlimit(resource.RLIMIT_AS, (int(limit), int(limit)))
+from depthkv_edge.cli import main
+sys.argv[1:] = arguments
+try:
+    main()
+finally:
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmPeak"))
+    print(int(line.split()[1]) * 1024, file=sys.stderr)
+"""
+
+
+def limited(limit: int, *arguments: object, stdin: str = "") -> tuple[Outcome, int]:
+    """Run the command in a limited address space; also the most that it has had of it."""
+    # one arena: each further one reserves 64 MiB of addresses that it does not use
+    outcome = run_python("-c", LIMITED, str(limit), *map(str, arguments), stdin=stdin, MALLOC_ARENA_MAX="1")
+    *lines, peak = outcome.err.splitlines()
+    return Outcome(outcome.code, outcome.out, "\n".join(lines)), int(peak)
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="address space is limited and measured on Linux")
+def test_a_budget_completes_where_the_full_cache_fails(document):
+    """The same context and the same document: 8,192 positions, and more tokens than a budget of 0.3 has cells."""
+    asked = ("run", "smollm2", "-c", 8192, "-n", 4, "--threads", 2, "--json", "-p")
+    depth = ("--kv-budget", 0.3)
+    (stock_hi, peak_stock), (depth_hi, peak_depth) = limited(0, *asked, "Hi"), limited(0, *asked, "Hi", *depth)
+    assert stock_hi.json()["kv"]["budget"] == 1.0 and depth_hi.json()["kv"]["budget"] == pytest.approx(0.3)
+    assert peak_stock - peak_depth > 128 * MIB, "otherwise no limit tells the two apart"
+
+    limit, text = (peak_depth + peak_stock) // 2, document(2600)
+    outcome, _ = limited(limit, *asked, "What is this about?", "-f", "-", stdin=text)
+    assert outcome.code == 2 and outcome.out == "", outcome
+    assert len(outcome.err.splitlines()) == 1 and "depthkv-edge: " in outcome.err
+
+    outcome, peak = limited(limit, *asked, "What is this about?", "-f", "-", *depth, stdin=text)
+    result = outcome.json()
+    assert result["text"].strip() and result["tokens_prompt"] > 2500
+    assert all(layer["evicted"] > 0 for layer in result["kv"]["layers"])
+    assert peak <= limit

@@ -1,4 +1,4 @@
-"""One question about one document, as the tokens that a model expects."""
+"""Messages as the tokens that a model expects: one question about one document, or the turns of a conversation."""
 
 from __future__ import annotations
 
@@ -45,26 +45,83 @@ def build_prompt(llama: Llama, user: str, system: str = "") -> Prompt:
     return Prompt(tokens, n_system=_common_prefix(*probes, tokens))
 
 
+def build_turn(llama: Llama, user: str, system: str = "") -> Prompt:
+    """Render a user message that follows the model's answer: the end of that answer first, then the message.
+
+    It is the difference between two renderings of a conversation, and does not depend on what the answer was: nothing
+    of the conversation so far is tokenised again.
+
+    Returns:
+        The tokens that follow the last token of the answer's text, of which the first `n_system` do not depend on the
+        message.
+
+    Raises:
+        DepthKVError: the template is broken, refuses the conversation, or leaves the model's own answers out.
+    """
+    tokens = _following(llama, user, system)
+    return Prompt(tokens, _common_prefix(*(_following(llama, letter, system) for letter in "ab"), tokens))
+
+
+def build_opening(llama: Llama, user: str, system: str = "") -> Prompt:
+    """Render the first user message of a conversation.
+
+    Returns:
+        As `build_prompt`, but `n_system` counts what comes before the message also where there is no system prompt: the
+        beginning of the text, and what the template says of its own accord.
+
+    Raises:
+        DepthKVError: as `build_prompt`.
+    """
+    tokens = _render(llama, user, system)
+    return Prompt(tokens, _common_prefix(*(_render(llama, letter, system) for letter in "ab"), tokens))
+
+
 def _render(llama: Llama, user: str, system: str) -> list[int]:
+    text, added_special = _rendered(llama, [{"role": "user", "content": user}], system)
+    return llama.tokenize(text.encode(), add_bos=not added_special, special=_has_template(llama))
+
+
+def _following(llama: Llama, user: str, system: str) -> list[int]:
+    # the answer is stood for by a word that is nowhere else: what comes after it is what the turn adds
+    answer = "depthkv-answer"
+    while answer in user or answer in system:
+        answer += "-1"
+    messages = [
+        {"role": "user", "content": "question"},
+        {"role": "assistant", "content": answer},
+        {"role": "user", "content": user},
+    ]
+    text, _ = _rendered(llama, messages, system)
+    before, found, after = text.rpartition(answer)
+    if not found:
+        raise DepthKVError("the model's chat template leaves answers out: it cannot go on with a conversation")
+    return llama.tokenize(after.encode(), add_bos=False, special=_has_template(llama))
+
+
+def _has_template(llama: Llama) -> bool:
+    return bool(llama.metadata.get("tokenizer.chat_template"))
+
+
+def _rendered(llama: Llama, messages: list[dict[str, str]], system: str) -> tuple[str, bool]:
+    """Text up to where the model answers, and whether it begins with the template's own beginning of the text."""
     if _api.llama_vocab_type(llama._model.vocab) == _api.LLAMA_VOCAB_TYPE_NONE:
         raise DepthKVError(f"model {llama.model_path} has no tokenizer: give a model that reads text")
-    template = llama.metadata.get("tokenizer.chat_template")
-    if not template:  # a base model: plain text
-        text = f"{system}\n\n{user}" if system else user
-        return llama.tokenize(text.encode(), add_bos=True, special=False)
-    messages = [{"role": "user", "content": user}]
     if system:
-        messages.insert(0, {"role": "system", "content": system})
+        messages = [{"role": "system", "content": system}, *messages]
+    if not _has_template(llama):  # a base model: plain text
+        return "\n\n".join(message["content"] for message in messages), False
     try:
         formatter = llama_cpp.llama_chat_format.Jinja2ChatFormatter(
-            template=template, eos_token=_text(llama, llama.token_eos()), bos_token=_text(llama, llama.token_bos())
+            template=llama.metadata["tokenizer.chat_template"],
+            eos_token=_text(llama, llama.token_eos()),
+            bos_token=_text(llama, llama.token_bos()),
         )
         rendered = formatter(messages=messages)  # type: ignore[arg-type]
     except (TemplateError, ValueError) as error:
         why = str(error).splitlines()[0] if str(error) else type(error).__name__
         advice = "; try without a system prompt" if system else ""
         raise DepthKVError(f"the model's chat template fails: {why}{advice}") from error
-    return llama.tokenize(rendered.prompt.encode(), add_bos=not rendered.added_special, special=True)
+    return rendered.prompt, rendered.added_special
 
 
 def _text(llama: Llama, token: int) -> str:

@@ -1,0 +1,395 @@
+"""A conversation computes every token once, keeps its system prompt, and goes on when its context is full."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from conftest import run_python
+from hypothesis import given
+from hypothesis import strategies as st
+from test_calibrated import calibration, model  # noqa: F401
+
+from depthkv_edge import DepthKVError
+from depthkv_edge._native import llama_cpp
+from depthkv_edge.chat import build_opening, build_turn
+from depthkv_edge.conversation import Conversation, Stopped, check_messages, load_with_room, read_saved, save
+from depthkv_edge.run import token_bytes
+
+ROOT = Path(__file__).parents[1]
+SYSTEM = "You are a terse assistant. Answer in one sentence."
+HEAD = f"<|im_start|>system\n{SYSTEM}<|im_end|>\n<|im_start|>user\n"
+
+
+@pytest.fixture
+def begin(load):
+    """Begin a conversation with short answers, the same each time."""
+
+    def make(system: str = SYSTEM, n_predict: int = 6, **kwargs) -> Conversation:
+        return Conversation(load(**kwargs), system, temperature=0.0, n_predict=n_predict)
+
+    return make
+
+
+def context(conversation: Conversation) -> str:
+    """What stands in the context, and the token that is to follow."""
+    llama = conversation.llama
+    tokens = [*llama.input_ids[: llama.n_tokens].tolist(), *conversation._pending]
+    return llama.detokenize(tokens, special=True).decode("utf-8", "replace")
+
+
+def rendered(messages: list[dict[str, str]], system: str = SYSTEM) -> str:
+    """The same as SmolLM2's template has it, up to the end of the last answer."""
+    parts = [{"role": "system", "content": system}, *messages]
+    text = "".join(f"<|im_start|>{part['role']}\n{part['content']}<|im_end|>\n" for part in parts)
+    return text.removesuffix("<|im_end|>\n")
+
+
+def engine_tokens(conversation: Conversation) -> int:
+    """Tokens that the engine has computed since its counters were reset."""
+    perf = llama_cpp.llama_perf_context(conversation.llama.ctx)
+    return perf.n_p_eval + perf.n_eval
+
+
+def questions(n: int, words: str = "in one sentence, please") -> list[str]:
+    things = ("rivers", "clocks", "maps", "bread", "salt", "glass", "paper", "bridges", "ships", "wool", "coal", "tea")
+    return [f"Question {i}: what are {things[i % len(things)]} good for, {words}?" for i in range(n)]
+
+
+def test_turns_are_what_the_template_makes_of_them(begin):
+    conversation = begin(n_ctx=1024)
+    for question in questions(3):
+        conversation.say(question)
+    assert context(conversation) == rendered(conversation.messages)
+    assert [message["role"] for message in conversation.messages] == ["user", "assistant"] * 3
+
+
+@pytest.mark.parametrize("budget", [None, 0.25])
+def test_every_token_is_computed_once(begin, budget):
+    conversation = begin(n_ctx=1024, kv_budget=budget)
+    llama_cpp.llama_perf_context_reset(conversation.llama.ctx)
+    total = 0
+    for question in questions(8):
+        turn = conversation.say(question)
+        assert turn.tokens_evaluated == turn.tokens_new > 0
+        total += turn.tokens_new + turn.tokens_generated
+        # the last token of an answer is computed with the next message
+        total -= len(conversation._pending)
+        assert engine_tokens(conversation) == total == conversation.llama.n_tokens
+    if budget:
+        assert turn.kv.n_evict > 0
+
+
+def test_a_turn_costs_what_it_says(begin):
+    conversation = begin(n_ctx=1024)
+    conversation.say("Name a colour.")
+    turn = conversation.say("Name a city.")
+    llama = conversation.llama
+    added = "<|im_end|>\n<|im_start|>user\nName a city.<|im_end|>\n<|im_start|>assistant\n"
+    added_tokens = len(llama.tokenize(added.encode(), add_bos=False, special=True))
+    assert turn.tokens_new - added_tokens in (0, 1), "the message, and the last token of the answer before it"
+
+
+def test_rolling_keeps_the_system_prompt_and_whole_turns(begin):
+    conversation = begin(n_ctx=256, kv_budget=0.6)
+    llama = conversation.llama
+    n_system = build_opening(llama, "question", SYSTEM).n_system
+    rolls = 0
+    for question in questions(20):
+        free = llama.n_tokens - n_system
+        turn = conversation.say(question)
+        assert turn.tokens_evaluated == turn.tokens_new < 80, "the history is not computed again"
+        assert llama.n_tokens <= 256
+        if turn.tokens_dropped:
+            rolls += 1
+            assert turn.tokens_dropped >= free / 2 - 6, "at least half of what may go"
+        text = context(conversation)
+        assert text.startswith(HEAD)
+        kept = text.count("<|im_start|>user")
+        assert text == rendered(conversation.messages[-2 * kept :])
+        for i in range(len(turn.kv.layers)):
+            assert llama.kv_positions(i)[:n_system] == list(range(n_system)), "pinned in every layer"
+    assert conversation.rolls == rolls >= 3
+    assert len(conversation.messages) == 40, "what is dropped from the context is still known"
+
+
+def test_an_answer_rolls_too(begin):
+    conversation = begin(n_ctx=256, n_predict=20)
+    conversation.say(questions(1)[0])
+    message = "Tell me a long story. "
+    used = conversation.llama.n_tokens + len(conversation._pending)
+    while used + len(build_turn(conversation.llama, message, SYSTEM).tokens) < 246:
+        message += "Tell me more. "
+    turn = conversation.say(message)
+    assert turn.tokens_dropped > 0 and turn.tokens_evaluated == turn.tokens_new
+    assert turn.tokens_generated > 10
+    assert context(conversation) == rendered(conversation.messages[-2:]), "in the middle of the answer"
+
+
+def test_an_answer_ends_with_the_context(begin):
+    conversation = begin(n_ctx=256, n_predict=400)
+    message = "Tell me a long story. "
+    while len(build_opening(conversation.llama, message, SYSTEM).tokens) < 246:
+        message += "Tell me more. "
+    turn = conversation.say(message)
+    assert turn.finish == "context" and turn.tokens_generated < 12
+    assert conversation.llama.n_tokens == 256
+    assert conversation.say("Name a colour.").tokens_dropped > 0
+
+
+def test_what_is_held_by_age(begin):
+    conversation = begin(n_ctx=256, kv_budget=0.6)
+    holding = conversation.holding()
+    assert holding.tokens == 0 and holding.ages[0][0] != holding.ages[0][0], "nothing yet: no shares"
+    for question in questions(12):
+        conversation.say(question)
+    holding = conversation.holding()
+    assert holding.tokens == conversation.tokens > holding.tokens_context
+    assert holding.rolls > 0 and holding.pinned
+    for layer, ages in zip(holding.kv.layers, holding.ages, strict=True):
+        quarter = (holding.tokens - len(conversation._pending)) / 4
+        assert sum(ages) * quarter == pytest.approx(layer.used, abs=2)
+        assert ages[0] < 0.5 < ages[-1] <= 1, "the oldest has been dropped but for the system prompt"
+
+
+def test_held_in_full_without_a_budget(begin):
+    conversation = begin(n_ctx=512)
+    conversation.say("Name a colour.")
+    assert all(ages == [1.0] * 4 for ages in conversation.holding().ages)
+
+
+def test_a_stop_before_the_answer_changes_nothing(begin):
+    first, second = begin(n_ctx=1024), begin(n_ctx=1024)
+    for conversation in (first, second):
+        conversation.say("Name a colour.")
+    before = context(first)
+    calls = iter([False, True])
+    with pytest.raises(Stopped):
+        first.say("What is this? " * 40, stop=lambda: next(calls))
+    assert context(first) == before
+    assert first.messages == second.messages
+    assert first.say("Name a city.").text == second.say("Name a city.").text
+
+
+def test_a_stop_in_the_first_message(begin):
+    conversation = begin()
+    with pytest.raises(Stopped):
+        conversation.say("Name a colour.", stop=lambda: True)
+    assert conversation.messages == [] and conversation.llama.n_tokens == 0
+    assert conversation.say("Name a colour.").text == begin().say("Name a colour.").text
+
+
+def test_a_stop_in_the_answer_keeps_what_was_said(begin):
+    conversation = begin(n_predict=100)
+    pieces: list[str] = []
+    turn = conversation.say("Tell me about rivers.", on_text=pieces.append, stop=lambda: len(pieces) >= 5)
+    assert turn.finish == "interrupt" and turn.tokens_generated == 5
+    assert "".join(pieces) == turn.text == conversation.messages[-1]["content"]
+    conversation.say("Name a colour.")
+    assert context(conversation) == rendered(conversation.messages), "closed by the template's end of turn"
+
+
+def test_a_message_longer_than_the_context(begin):
+    conversation = begin()
+    conversation.say("Name a colour.")
+    before = context(conversation)
+    with pytest.raises(DepthKVError, match="512 tokens of context") as caught:
+        conversation.say("word " * 600)
+    assert "\n" not in str(caught.value)
+    assert context(conversation) == before
+    with pytest.raises(DepthKVError, match="512 tokens of context"):
+        begin().say("word " * 600)
+
+
+def test_a_message_that_leaves_no_room_for_any_other(begin):
+    conversation = begin()
+    conversation.say("Name a colour.")
+    turn = conversation.say("word " * 470)
+    assert turn.tokens_dropped > 0
+    assert turn.tokens_evaluated == turn.tokens_new
+    assert context(conversation) == rendered(conversation.messages[-2:])
+
+
+def test_an_empty_message(begin):
+    with pytest.raises(DepthKVError, match="empty"):
+        begin().say(" \n")
+
+
+def test_a_system_prompt_that_cannot_be_pinned(begin, text):
+    conversation = begin(system=text[:1500], n_ctx=1024, kv_budget=0.25)
+    with pytest.raises(DepthKVError, match="system prompt .* cannot be pinned.*raise --kv-budget"):
+        conversation.say("Who?")
+    assert conversation.llama.n_tokens == 0
+    conversation.system = SYSTEM
+    assert conversation.say("Who?").tokens_new > 0
+
+
+def test_a_layer_smaller_than_the_system_prompt(load, model, text):  # noqa: F811
+    """A calibrated budget may leave a layer fewer cells than the system prompt has tokens."""
+    system = text[:600]
+
+    def make(n_sink: int | None):
+        return load(model, n_ctx=1024, kv_budget=0.3, n_sink=n_sink)
+
+    plain = make(None)
+    n_system = build_opening(plain, "question", system).n_system
+    assert min(layer.cells for layer in plain.kv_stats().layers) < n_system + 100
+    with pytest.raises(DepthKVError, match="cannot be pinned"):
+        Conversation(plain, system).say("Who?")
+
+    llama = load_with_room(make, system)
+    conversation = Conversation(llama, system, temperature=0.0, n_predict=2)
+    conversation._n_ctx = 400  # as if the context were full sooner
+    for question in questions(12):
+        turn = conversation.say(question)
+    assert conversation.rolls > 0
+    assert turn.kv.bytes <= 0.3 * turn.kv.bytes_full * (1 + 1e-6)
+    for i in range(len(turn.kv.layers)):
+        assert llama.kv_positions(i)[:n_system] == list(range(n_system))
+
+
+def test_no_room_for_the_system_prompt_at_all(load, text):
+    with pytest.raises(DepthKVError, match="system prompt .* does not fit every layer") as caught:
+        load_with_room(lambda n_sink: load(n_ctx=1024, kv_budget=0.2, n_sink=n_sink), text[:2000])
+    assert "\n" not in str(caught.value)
+
+
+def test_saved_and_read_again(begin, tmp_path):
+    conversation = begin(n_ctx=1024)
+    for question in questions(3):
+        conversation.say(question)
+    save(conversation, tmp_path / "chat.json")
+    assert json.loads((tmp_path / "chat.json").read_text())["model"].endswith(".gguf")
+
+    again = begin(system="Another.", n_ctx=1024)
+    again.say("Forgotten.")
+    system, messages = read_saved(tmp_path / "chat.json")
+    seen: list[int] = []
+    again.replay(system, messages, on_prefill=seen.append)
+    assert again.system == SYSTEM
+    assert again.messages == conversation.messages
+    assert context(again) == context(conversation)
+    assert sum(seen) == again.replay_length(system, messages) == again.llama.n_tokens
+
+
+def test_a_saved_conversation_longer_than_the_context(begin):
+    messages = []
+    for question in questions(12):
+        messages += [{"role": "user", "content": question}, {"role": "assistant", "content": "Many things. " * 4}]
+    conversation = begin(n_ctx=256)
+    conversation.replay(SYSTEM, messages)
+    assert conversation.rolls > 0 and conversation.messages == messages
+    assert conversation.say("Name a colour.").tokens_new < 40
+
+
+def test_a_replay_that_fails_leaves_nothing(begin):
+    conversation = begin()
+    conversation.say("Name a colour.")
+    messages = [{"role": "user", "content": "word " * 600}, {"role": "assistant", "content": "No."}]
+    with pytest.raises(DepthKVError, match="longer than the context"):
+        conversation.replay("Other.", messages)
+    assert conversation.messages == [] and conversation.system == SYSTEM
+    assert conversation.say("Name a colour.").tokens_new > 0
+
+
+@pytest.mark.parametrize(
+    ("written", "part"),
+    [
+        ("", "not JSON"),
+        ("[" * 100_000, "not JSON"),
+        ("[]", '"messages"'),
+        ('{"messages": 1}', '"messages"'),
+        ('{"messages": [], "system": 1}', '"system"'),
+        ('{"messages": [{"role": "assistant", "content": "a"}]}', "message 0"),
+        ('{"messages": [{"role": "user", "content": "a"}]}', "no answer"),
+        ('{"messages": [{"role": "user", "content": "a"}, {"role": "user", "content": "b"}]}', "message 1"),
+        ('{"messages": [{"role": "user", "content": null}]}', "message 0"),
+    ],
+)
+def test_not_a_saved_conversation(tmp_path, written, part):
+    (tmp_path / "chat.json").write_text(written)
+    with pytest.raises(DepthKVError, match=part) as caught:
+        read_saved(tmp_path / "chat.json")
+    assert "chat.json" in str(caught.value) and "\n" not in str(caught.value)
+
+
+ANYTHING = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(max_size=5),
+    lambda inner: (
+        st.lists(inner, max_size=4)
+        | st.dictionaries(st.sampled_from(["messages", "system", "role", "content"]), inner, max_size=4)
+    ),
+    max_leaves=12,
+)
+
+
+@given(ANYTHING)
+def test_any_json_is_a_conversation_or_an_error(data):
+    try:
+        system, messages = check_messages(data)
+    except DepthKVError:
+        return
+    assert isinstance(system, str) and len(messages) % 2 == 0
+    assert all(isinstance(message["content"], str) for message in messages)
+
+
+def test_a_turn_does_not_depend_on_the_answer(load):
+    llama = load()
+    turn = build_turn(llama, "Name a city.", SYSTEM)
+    written = b"".join(token_bytes(llama, token) for token in turn.tokens[turn.n_system :]).decode()
+    assert written.startswith("Name a city.")
+    full = "<|im_end|>\n<|im_start|>user\nName a city.<|im_end|>\n<|im_start|>assistant\n"
+    assert llama.detokenize(turn.tokens, special=True).decode() == full
+    assert build_turn(llama, "depthkv-answer", SYSTEM).n_system == turn.n_system
+
+
+def test_a_model_without_a_template(load, smollm2, tmp_path, monkeypatch):
+    conversation = Conversation(load(), "Some text.", temperature=0.0, n_predict=4)
+    monkeypatch.delitem(conversation.llama.metadata, "tokenizer.chat_template")
+    for question in ("One", "Two", "Three"):
+        conversation.say(question)
+    first, second, third = (message["content"] for message in conversation.messages[1::2])
+    assert context(conversation) == f"Some text.\n\nOne{first}\n\nTwo{second}\n\nThree{third}"
+
+
+def test_sliding_windows_roll_too(load, gemma3):
+    """Gemma 3: five of six layers keep a window, whose positions are not shifted: what stays is computed again."""
+    conversation = Conversation(load(gemma3, n_ctx=256, kv_budget=0.6), temperature=0.0, n_predict=4)
+    for question in questions(14):
+        turn = conversation.say(question)
+        assert (turn.tokens_evaluated > turn.tokens_new) == (turn.tokens_dropped > 0)
+        assert turn.tokens_evaluated < 200
+    assert conversation.rolls > 0
+    assert conversation.say("word " * 200).tokens_dropped > 0, "nothing else fits beside it"
+
+
+def test_positions_that_cannot_be_shifted(begin):
+    """What stays is computed again, and the conversation goes on with the same words."""
+    shifted, computed = begin(n_ctx=256), begin(n_ctx=256)
+    for question in questions(8):
+        shifted.say(question)
+    computed._can_shift = False
+    again = []
+    for question in questions(8):
+        turn = computed.say(question)
+        again.append(turn.tokens_evaluated - turn.tokens_new)
+        text = context(computed)
+        assert text == rendered(computed.messages[-2 * text.count("<|im_start|>user") :])
+    assert computed.rolls > 0 and sum(n > 0 for n in again) == computed.rolls
+    assert max(again) < 128 + 60, "the system prompt, and half of the rest at most"
+    assert computed.messages[:4] == shifted.messages[:4], "nothing is different before the first roll"
+
+
+def test_the_scripted_chat(cli):
+    """`benchmarks/chat.py` on a small scale: it rolls several times, and what the system prompt says is still known."""
+    size = ("--turns", "12", "-c", "512", "--message", "60", "--predict", "12", "--threads", "2")
+    outcome = run_python(str(ROOT / "benchmarks" / "chat.py"), "smollm2", "--kv-budget", "0.6", *size, "--json")
+    assert outcome.code == 0, outcome.err
+    result = json.loads(outcome.out)
+    assert result["rolls"] >= 2 and result["evicted"] > 0
+    assert result["tokens_evaluated"] == result["tokens_new"]
+    assert 0 <= result["tokens"] - result["engine_tokens"] <= 1, "every token is computed once"
+    assert all(step["tokens_new"] < 200 for step in result["steps"])
+    assert result["rss_spread"] < 0.02
+    assert result["obeyed"], (result["first_answer"], result["last_answer"], result["answer_without_system"])

@@ -14,13 +14,23 @@ from depthkv_edge import __version__
 from depthkv_edge.budget import FORMS, parse_budget
 from depthkv_edge.cli_bench import bench
 from depthkv_edge.cli_calibrate import calibrate
+from depthkv_edge.cli_chat import chat
+from depthkv_edge.cli_doctor import doctor
 from depthkv_edge.cli_eval import evaluate
 from depthkv_edge.cli_inspect import inspect
+from depthkv_edge.cli_options import (
+    FLASH_ATTN,
+    KV_TYPES,
+    MEMORY_HELP,
+    check_positive,
+    check_temperature,
+    default_threads,
+    fitted,
+    parse_memory,
+)
+from depthkv_edge.cli_serve import serve
 from depthkv_edge.errors import DepthKVError
 from depthkv_edge.models import resolve_model
-
-KV_TYPES = {"f32": 0, "f16": 1, "bf16": 30, "q8_0": 8, "q4_0": 2}  # enum ggml_type
-FLASH_ATTN = {"auto": None, "on": True, "off": False}
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -31,14 +41,18 @@ def cli() -> None:
 
 cli.add_command(bench)
 cli.add_command(calibrate)
+cli.add_command(chat)
+cli.add_command(doctor)
 cli.add_command(evaluate)
 cli.add_command(inspect)
+cli.add_command(serve)
 
 
 @cli.command()
 @click.argument("model")
 @click.option("--kv-budget", metavar="BUDGET", help=f"KV cache: {FORMS}. Default: the model's own, or all of it.")
 @click.option("-c", "--ctx", type=int, metavar="TOKENS", help="Context. Default: what the model was trained for.")
+@click.option("--memory", metavar="SIZE", help=MEMORY_HELP)
 @click.option("-f", "--file", metavar="FILE", help="Document to read; - is standard input.")
 @click.option("-p", "--prompt", default="", metavar="TEXT", help="Question, put after the document.")
 @click.option("-n", "--predict", type=int, default=256, show_default=True, metavar="N", help="Most tokens to decode.")
@@ -57,6 +71,7 @@ def run(
     model: str,
     kv_budget: str | None,
     ctx: int | None,
+    memory: str | None,
     file: str | None,
     prompt: str,
     predict: int,
@@ -78,11 +93,9 @@ def run(
     a table of what it took to standard error.
     """
     budget = None if kv_budget is None else parse_budget(kv_budget)
-    for name, value in (("-c", ctx), ("-n", predict), ("--ubatch", ubatch), ("--threads", threads)):
-        if value is not None and value < 1:
-            raise DepthKVError(f"{name} {value} is not above 0: give 1 or more")
-    if not temp >= 0:
-        raise DepthKVError(f"--temp {temp} is not a temperature: give 0 or more")
+    n_memory = parse_memory(memory)
+    check_positive(("-c", ctx), ("-n", predict), ("--ubatch", ubatch), ("--threads", threads))
+    check_temperature(temp)
     path = resolve_model(model)
     document = _read_document(file) if file else ""
     if not document.strip() and not prompt.strip():
@@ -94,14 +107,24 @@ def run(
     from depthkv_edge.report import prefill_progress, print_summary
     from depthkv_edge.run import answer, check_fit
 
-    n_threads = threads or _default_threads()
-    llama = Llama(
+    n_threads = threads or default_threads()
+    context = fitted(
         path,
-        kv_budget=budget,
+        n_memory,
+        budget,
+        ctx,
+        ubatch,
+        KV_TYPES[type_k],
+        KV_TYPES[type_v],
+        flash_attn=FLASH_ATTN[flash_attn],
         scorer=scorer,
         rule=rule,
-        n_ctx=ctx or 0,
-        n_ubatch=ubatch,
+    )
+    llama = Llama(
+        path,
+        **context.arguments(),
+        scorer=scorer,
+        rule=rule,
         n_threads=n_threads,
         n_threads_batch=n_threads,
         type_k=KV_TYPES[type_k],
@@ -140,12 +163,6 @@ def _read_document(name: str) -> str:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise DepthKVError(f"document {name} is not UTF-8 text (byte {error.start}): convert it first") from None
-
-
-def _default_threads() -> int:
-    import psutil
-
-    return psutil.cpu_count(logical=False) or os.cpu_count() or 1
 
 
 def main() -> None:

@@ -1,0 +1,348 @@
+"""llama.cpp's own server on our library: what it is started with, checked before it starts."""
+
+from __future__ import annotations
+
+import errno
+import ipaddress
+import itertools
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from depthkv_edge import _library
+from depthkv_edge.budget import Budget
+from depthkv_edge.errors import DepthKVError
+
+if TYPE_CHECKING:
+    from depthkv_edge.serve_cache import CachePlan
+
+N_BATCH = N_UBATCH = 512
+WEB = Path(__file__).parent / "web"
+KEY_VARIABLE = "LLAMA_API_KEY"  # read by the server, and not visible in a list of processes
+
+# What the server is told unless the user tells it otherwise, each with the spellings of common/arg.cpp.
+_DEFAULTS = (
+    # 8 GiB of prompts that were pushed out of their slot, where upstream assumes a workstation
+    (("--cache-ram", "-cram"), ["--cache-ram", "0"]),
+    # a disconnected client is noticed between two batches, and other conversations wait for one, too
+    (("--batch-size", "-b"), ["--batch-size", str(N_BATCH)]),
+    # upstream answers every web site that a browser on this machine shows
+    (("--cors-origins",), ["--cors-origins", "localhost"]),
+    (("--metrics",), ["--metrics"]),
+)
+
+# What the user says before the `--`: the way to say it there, by every spelling of it.
+_OURS = {
+    flag: way_out
+    for way_out, flags in {
+        "MODEL": "-m --model -mu --model-url -hf -hfr --hf-repo -hff --hf-file -dr --docker-repo",
+        "-c": "-c --ctx-size",
+        "--kv-budget": "--kv-budget",
+        "--host": "--host",
+        "--port": "--port",
+        "--api-key": "--api-key",
+        "--api-key-file": "--api-key-file",
+        "--parallel": "-np --parallel",
+        "--no-pin": "--kv-pin --no-kv-pin",
+    }.items()
+    for flag in flags.split()
+}
+
+
+@dataclass(frozen=True)
+class ServeSettings:
+    """What the user asks for.
+
+    Attributes:
+        model: path of a GGUF.
+        budget: None for the model's own, or the full cache.
+        n_ctx: positions of a conversation; None for what the model was trained for.
+        memory: bytes for the server as a whole: weights, buffers, KV cache; None: no limit.
+        host: name or address to listen on.
+        port: in 1 .. 65535.
+        api_key: what clients must send; None: nothing, or what the file says.
+        api_key_file: file with one key on a line.
+        parallel: conversations at the same time, which share the KV cache.
+        pin: never evict the system prompt of a conversation.
+        extra: arguments of llama-server.
+    """
+
+    model: Path
+    budget: Budget | None = None
+    n_ctx: int | None = None
+    memory: int | None = None
+    host: str = "127.0.0.1"
+    port: int = 8080
+    api_key: str | None = None
+    api_key_file: Path | None = None
+    parallel: int = 1
+    pin: bool = True
+    extra: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A server that is ready to start."""
+
+    command: list[str]
+    environment: dict[str, str]
+    address: str
+    cache: CachePlan
+
+
+def prepare(settings: ServeSettings, environment: Mapping[str, str] = os.environ) -> Launch:
+    """Check everything that can be wrong, and build the server's command. Loads no weights.
+
+    Raises:
+        DepthKVError: the server would not start, or would be open to the network.
+    """
+    _check_numbers(settings)
+    _check_extra(settings.extra)
+    keys = _check_keys(settings)
+    _check_host(settings.host, settings.port, protected=bool(keys))
+    binary = server_binary()
+    environment = dict(environment)
+    if settings.api_key is not None:
+        environment[KEY_VARIABLE] = settings.api_key
+    command = [str(binary), "--model", str(settings.model)]
+    options = _options(settings, unified=settings.parallel > 1)
+    # the share is not known yet, but what does not go with a budget is
+    budgeted = ["--kv-budget", "0.5"] if settings.budget is not None or settings.memory is not None else []
+    _check_command([*command, *budgeted, *options], environment)
+    cache = _plan(settings)
+    command += ["--ctx-size", str(cache.n_ctx)]
+    if cache.budget is not None:
+        command += ["--kv-budget", repr(cache.budget)]
+    if cache.n_ubatch is not None:
+        command += ["--ubatch-size", str(cache.n_ubatch)]
+    options = _options(settings, unified=cache.unified)
+    host = f"[{settings.host}]" if ":" in settings.host else settings.host
+    return Launch([*command, *options], environment, f"http://{host}:{settings.port}/", cache)
+
+
+def start(launch: Launch) -> NoReturn:
+    """Become the server, so that signals and exit codes are its own; on Windows, wait for it and exit as it does.
+
+    Raises:
+        DepthKVError: the program cannot be run.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    try:
+        if os.name == "posix":
+            os.execve(launch.command[0], launch.command, launch.environment)
+        process = subprocess.Popen(launch.command, env=launch.environment)
+    except OSError as error:
+        raise _cannot_run(launch.command[0], error.strerror or str(error)) from None
+    while True:
+        try:
+            sys.exit(process.wait())
+        except KeyboardInterrupt:  # the server gets it, too, and finishes in its own time
+            continue
+
+
+def server_binary() -> Path:
+    """The `llama-server` that was built with our library.
+
+    Raises:
+        DepthKVError: the library or the program is not there.
+    """
+    path = _library.library_dir() / ("llama-server.exe" if os.name == "nt" else "llama-server")
+    if not path.is_file():
+        raise DepthKVError(f"no {path.name} in {path.parent}: build it with scripts/setup.sh in the source tree")
+    return path
+
+
+# what is asked for
+
+
+def _check_numbers(settings: ServeSettings) -> None:
+    for name, value in (("-c", settings.n_ctx), ("--parallel", settings.parallel)):
+        if value is not None and value < 1:
+            raise DepthKVError(f"{name} {value} is not above 0: give 1 or more")
+    if not 1 <= settings.port <= 65535:
+        raise DepthKVError(f"--port {settings.port} is not a port: give 1 to 65535")
+
+
+def _check_extra(extra: tuple[str, ...]) -> None:
+    for flag, value in itertools.zip_longest(extra, extra[1:], fillvalue=""):
+        name = _spelled(flag)
+        if name in _OURS:
+            raise DepthKVError(
+                f"{flag} after -- contradicts what the server is started with: use {_OURS[name]} before it"
+            )
+        if name == "--override-kv" and "depthkv.budget=" in value:
+            raise DepthKVError(f"{flag} {value} after -- is a second KV budget: use --kv-budget before it")
+
+
+def _spelled(flag: str) -> str:
+    # as common/arg.cpp does
+    return flag.replace("_", "-") if flag.startswith("--") else flag
+
+
+def _given(extra: tuple[str, ...], *names: str) -> bool:
+    return any(_spelled(flag) in names for flag in extra)
+
+
+def _value(extra: tuple[str, ...], *names: str) -> str | None:
+    found = [value for flag, value in zip(extra, extra[1:], strict=False) if _spelled(flag) in names]
+    return found[-1] if found else None
+
+
+def _options(settings: ServeSettings, *, unified: bool) -> list[str]:
+    options = ["--host", settings.host, "--port", str(settings.port), "--path", str(WEB)]
+    options += ["--parallel", str(settings.parallel)]
+    if unified and not _says_unified(settings.extra):
+        options += ["--kv-unified"]
+    if not settings.pin:
+        options += ["--no-kv-pin"]
+    if not _given(settings.extra, "-a", "--alias"):
+        options += ["--alias", settings.model.stem]  # rather than the path, which is nobody's business
+    if settings.api_key_file is not None:
+        options += ["--api-key-file", str(settings.api_key_file)]
+    for names, arguments in _DEFAULTS:
+        if not _given(settings.extra, *names):
+            options += arguments
+    return [*options, *settings.extra]
+
+
+def _says_unified(extra: tuple[str, ...]) -> bool:
+    return _given(extra, "-kvu", "--kv-unified", "-no-kvu", "--no-kv-unified")
+
+
+# who may connect
+
+
+def _check_keys(settings: ServeSettings) -> list[str]:
+    keys = []
+    if settings.api_key is not None:
+        keys.append(settings.api_key)
+        if not settings.api_key:
+            raise DepthKVError("--api-key is empty, which would let everyone in: give a key")
+        # the server splits at commas, and a header holds nothing but visible ASCII
+        if not all("!" <= character <= "~" and character not in ',"' for character in settings.api_key):
+            raise DepthKVError("--api-key must be visible ASCII without blanks, commas and quotes: choose another key")
+    if settings.api_key_file is not None:
+        found = _read_keys(settings.api_key_file)
+        if not found:
+            raise DepthKVError(
+                f"--api-key-file {settings.api_key_file} holds no key, which would let everyone in: add one"
+            )
+        keys += found
+    return keys
+
+
+def _read_keys(path: Path) -> list[str]:
+    # as common/arg.cpp does
+    try:
+        lines = path.read_bytes().decode().split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        why = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise DepthKVError(
+            f"--api-key-file {path} cannot be read: {why}; give a file with a key on each line"
+        ) from None
+    keys = [line for line in lines if line and not line.startswith("#")]
+    for key in keys:
+        if key != key.strip():
+            raise DepthKVError(
+                f"--api-key-file {path} has a key that begins or ends with a blank or a carriage return, which no "
+                "client would send: remove it"
+            )
+    return keys
+
+
+def _check_host(host: str, port: int, *, protected: bool) -> None:
+    try:
+        found = socket.getaddrinfo(host or "?", port, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError):
+        raise DepthKVError(
+            f"--host {host} is not an address or a name known here: give 127.0.0.1, or 0.0.0.0"
+        ) from None
+    addresses = list(dict.fromkeys((family, address) for family, _, _, _, address in found))
+    local = all(ipaddress.ip_address(str(address[0]).partition("%")[0]).is_loopback for _, address in addresses)
+    if not local and not protected:
+        raise DepthKVError(
+            f"--host {host} lets other machines in, and without an API key everyone on them could use the model and "
+            "read along: give --api-key or --api-key-file, or listen on 127.0.0.1"
+        )
+    errors = [error for family, address in addresses if (error := _try_port(family, address)) is not None]
+    if any(error.errno == errno.EADDRINUSE for error in errors):
+        raise DepthKVError(f"port {port} of {host} is taken: give another with --port")
+    if len(errors) == len(addresses):  # a name may have an address of a family that the machine does not use
+        raise DepthKVError(
+            f"cannot listen on port {port} of {host}: {errors[0].strerror}; give another --host or --port"
+        )
+
+
+def _try_port(family: int, address: Any) -> OSError | None:
+    try:
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
+            if os.name == "posix":  # as the server does: a port is free while its old connections fade
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+            probe.listen(1)
+    except OSError as error:
+        return error
+    return None
+
+
+# what the server says of its arguments
+
+
+def _check_command(command: list[str], environment: Mapping[str, str]) -> None:
+    # the server ends after this flag when all others are understood, before it loads anything
+    try:
+        done = subprocess.run(
+            [*command, "--help"], env=environment, stdin=subprocess.DEVNULL, capture_output=True, timeout=60
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise _cannot_run(command[0], getattr(error, "strerror", None) or "it does not answer") from None
+    if done.returncode == 0:
+        return
+    lines = [line.strip() for line in done.stderr.decode("utf-8", "replace").splitlines() if line.strip()]
+    told = [line for line in lines if "error" in line.lower()] or lines[-1:]
+    if not told:
+        raise _cannot_run(command[0], f"exit code {done.returncode}")
+    raise DepthKVError(f"llama-server refuses: {told[0].removeprefix('error: ')}; see {command[0]} --help")
+
+
+def _cannot_run(program: str, why: str) -> DepthKVError:
+    return DepthKVError(f"{program} cannot be run: {why}; build it again with scripts/setup.sh in the source tree")
+
+
+# what the cache will be
+
+
+def _plan(settings: ServeSettings) -> CachePlan:
+    if _says_unified(settings.extra):
+        return _plan_as(settings, unified=_given(settings.extra, "-kvu", "--kv-unified"))
+    # Split, four conversations would have a quarter of the positions each. Unified, each may use all of them: what they
+    # share is cells, and a conversation that runs out of its cells evicts. The full cache cannot evict: unified, a
+    # conversation would find no room in the middle of an answer, and fail.
+    plan = _plan_as(settings, unified=settings.parallel > 1)
+    return plan if plan.active or not plan.unified else _plan_as(settings, unified=False)
+
+
+def _plan_as(settings: ServeSettings, *, unified: bool) -> CachePlan:
+    # imported here, so that what is wrong so far is said at once, and --help needs no library
+    from depthkv_edge.fit import Shape
+    from depthkv_edge.serve_cache import FLASH_ATTN, ggml_type, plan_cache
+
+    extra = settings.extra
+    n_batch = int(_value(extra, "-b", "--batch-size") or N_BATCH)
+    shape = Shape(
+        n_batch=n_batch,
+        n_seq=settings.parallel,
+        unified=unified,
+        type_k=ggml_type(_value(extra, "-ctk", "--cache-type-k") or "f16"),
+        type_v=ggml_type(_value(extra, "-ctv", "--cache-type-v") or "f16"),
+        flash_attn=FLASH_ATTN.get(_value(extra, "-fa", "--flash-attn") or "auto"),
+        swa_full=_given(extra, "--swa-full"),
+    )
+    n_ubatch = min(n_batch, int(_value(extra, "-ub", "--ubatch-size") or N_UBATCH))
+    return plan_cache(settings.model, settings.budget, settings.n_ctx, n_ubatch, shape, settings.memory)

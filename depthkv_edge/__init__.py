@@ -8,17 +8,25 @@ from typing import TYPE_CHECKING, Any
 from depthkv_edge.errors import DepthKVError
 
 if TYPE_CHECKING:
+    from depthkv_edge._library import cmake_dir, include_dir, library_dir
     from depthkv_edge.llama import Llama
     from depthkv_edge.stats import KVStats, LayerStats
 
-__all__ = ["DepthKVError", "KVStats", "LayerStats", "Llama", "__version__"]
+__all__ = ["DepthKVError", "KVStats", "LayerStats", "Llama", "__version__", "cmake_dir", "include_dir", "library_dir"]
 
 try:
     __version__ = metadata.version("depthkv-edge")
 except metadata.PackageNotFoundError:  # a source tree on the path, not installed
     __version__ = "0+unknown"
 
-_LAZY = {"Llama": "depthkv_edge.llama", "KVStats": "depthkv_edge.stats", "LayerStats": "depthkv_edge.stats"}
+_LAZY = {
+    "Llama": "depthkv_edge.llama",
+    "KVStats": "depthkv_edge.stats",
+    "LayerStats": "depthkv_edge.stats",
+    "cmake_dir": "depthkv_edge._library",
+    "include_dir": "depthkv_edge._library",
+    "library_dir": "depthkv_edge._library",
+}
 
 
 def __getattr__(name: str) -> Any:

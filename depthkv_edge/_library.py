@@ -56,6 +56,24 @@ def library_dir() -> Path:
     )
 
 
+def include_dir() -> Path:
+    """Directory of llama-depthkv.h, llama.h and the ggml headers that belong to the library.
+
+    Raises:
+        DepthKVError: no libllama.
+    """
+    return library_dir().parent / "include"
+
+
+def cmake_dir() -> Path:
+    """Directory for CMake's `depthkv_DIR`: `find_package(depthkv)` then offers the target `depthkv::llama`.
+
+    Raises:
+        DepthKVError: no libllama.
+    """
+    return library_dir() / "cmake" / "depthkv"
+
+
 def _installed_version() -> str | None:
     try:
         return metadata.version(BINDINGS)

@@ -255,7 +255,8 @@ def holding_rows(holding: Holding) -> list[tuple[str, str]]:
         ("KV cache", f"{_mib(kv.bytes)} of {_mib(kv.bytes_full)} ({kv.bytes / max(1, kv.bytes_full):.0%})"),
     ]
     if holding.rolls:
-        rows.append(("rolled", f"{holding.rolls} times: the oldest turns were dropped"))
+        often = "once" if holding.rolls == 1 else f"{holding.rolls} times"
+        rows.append(("rolled", f"{often}: the oldest turns were dropped"))
     if kv.layers:
         ages = zip(*holding.ages, strict=True)
         means = [sum(column) / len(column) for column in ages]

@@ -21,7 +21,8 @@ class Sizes:
         run: decode tokens of one repetition: as many as a layer frees at once while decoding, so that each repetition
             has its share of eviction.
         turn: decode tokens until the next configuration has its turn; divides `run`.
-        prompt: prefill tokens that are worth one sample of the whole prompt: shorter contexts are filled several times.
+        prompt: prefill tokens that are worth measuring: a context is filled as often as comes nearest to them, at least
+            once and at most once for each repetition.
         pairs: pairs of fresh processes, for each repetition, that compare two builds.
         pair_turns: turns of each process of a pair, in prefill.
         pair_prefill: most tokens of such a turn.

@@ -166,25 +166,32 @@ def test_tool_call(start, tmp_path):
             "description": "The weather in a city",
             "parameters": {
                 "type": "object",
-                "properties": {"city": {"type": "string", "enum": ["Paris", "Oslo"]}},
+                "properties": {"city": {"type": "string", "enum": ["Paris", "Rome", "Bonn", "Oslo"]}},
                 "required": ["city"],
             },
         },
     }
     with start(*ARGUMENTS, *THREADS, "--chat-template-file", str(tmp_path / "template.jinja"), key=KEY) as server:
         client = openai.OpenAI(base_url=server.url + "v1", api_key=KEY, max_retries=0, timeout=60)
+        # upstream's grammar lets words precede a call, and so small a model finds no end of them unless it is shown how
+        before: list[dict[str, Any]] = []
+        for city in ("Paris", "Rome", "Bonn"):
+            call = {"name": "get_weather", "arguments": json.dumps({"city": city})}
+            before += ask(f"How is the weather in {city}?")
+            before += [{"role": "assistant", "tool_calls": [{"id": city, "type": "function", "function": call}]}]
         answer = client.chat.completions.create(
             model="any",
-            messages=ask("How is the weather in Oslo?"),
+            messages=before + ask("How is the weather in Oslo?"),
             tools=[tool],
             tool_choice="required",
             max_tokens=96,
+            temperature=0,
         )
         pinned = server.get("slots")[0]["kv"]["pinned"]
     assert answer.choices[0].message.tool_calls, answer
     (call,) = answer.choices[0].message.tool_calls
     assert call.function.name == "get_weather"
-    assert json.loads(call.function.arguments)["city"] in ("Paris", "Oslo")
+    assert json.loads(call.function.arguments) == {"city": "Oslo"}
     assert pinned > 60, "what the model is told of its tools is pinned"
 
 

@@ -31,6 +31,7 @@ from depthkv_edge._library import library_dir
 from depthkv_edge.errors import DepthKVError
 from depthkv_edge.models import resolve_model
 
+ROOT = Path(__file__).parents[1]
 N_DECODE = 128  # tokens of a speed measurement
 INSTALL_OPENAI = "pip install 'openai>=1.40'"
 
@@ -231,6 +232,18 @@ class Decode:
         return statistics.median(one / other for one, other in zip(self.server, self.bench, strict=True))
 
 
+def bench_program() -> Path:
+    """`llama-bench` of the server's build: beside the libraries, or where the tools are built.
+
+    Raises:
+        DepthKVError: it is not there.
+    """
+    for directory in (library_dir(), ROOT / "build/engine/bin"):
+        if (path := directory / "llama-bench").is_file():
+            return path
+    raise DepthKVError(f"no llama-bench in {directory}: build it with scripts/setup.sh --test")
+
+
 def decode_speed(
     server: Server, model: Path, budget: float, threads: int, depth: int, n: int = N_DECODE, pairs: int = 5
 ) -> Decode:
@@ -244,8 +257,10 @@ def decode_speed(
         body = {"prompt": tokens, "n_predict": n, "ignore_eos": True, "cache_prompt": False, "temperature": 0}
         return float(server.post("completion", body)["timings"]["predicted_per_second"])
 
+    program = bench_program()
+
     def from_bench() -> float:
-        command = [str(library_dir() / "llama-bench"), "-m", str(model), "-p", "0", "-n", str(n), "-d", str(depth)]
+        command = [str(program), "-m", str(model), "-p", "0", "-n", str(n), "-d", str(depth)]
         command += ["-t", str(threads), "-r", "1", "-o", "json", "--kv-budget", repr(budget)]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
@@ -285,6 +300,8 @@ def main(
     path, log = resolve_model(model), Path("serve-benchmark.log")
     budget = ["--kv-budget", str(kv_budget)]
     report: dict[str, Any] = {"model": path.name, "kv_budget": kv_budget, "n_ctx": ctx, "threads": threads}
+    if pairs:
+        bench_program()  # that it is missing is said at once
     if minutes:
         with running(
             model, *budget, "-c", str(ctx), "--parallel", str(parallel), "--", "-t", str(threads), log=log

@@ -35,4 +35,6 @@ if(DEPTHKV_BUILD_SERVER)
         LIBRARY DESTINATION ${install_dir}/lib
         RUNTIME DESTINATION ${install_dir}/lib
         ARCHIVE DESTINATION ${install_dir}/lib)
+    install(FILES "${tree}/vendor/cpp-httplib/LICENSE" DESTINATION ${install_dir}/lib RENAME LICENSE.cpp-httplib)
+    install(FILES "${tree}/licenses/LICENSE-jsonhpp" DESTINATION ${install_dir}/lib RENAME LICENSE.nlohmann-json)
 endif()

@@ -18,19 +18,17 @@ _WRITTEN = re.compile(r"([-+]?(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?|[-+]?nan|[-+]?in
 
 @dataclass(frozen=True)
 class FullCache:
-    """The full KV cache of a context, and the memory there is for it.
+    """The full KV cache of a context.
 
     Attributes:
         n_ctx: positions of one sequence.
         bytes_growing: K and V of the layers whose cells grow with the context, which a budget shrinks.
         bytes_window: K and V of the sliding-window layers, which it leaves alone.
-        bytes_free: memory for the whole cache.
     """
 
     n_ctx: int
     bytes_growing: int
     bytes_window: int
-    bytes_free: int
 
 
 @dataclass(frozen=True)
@@ -65,10 +63,7 @@ class Tokens:
 
 @dataclass(frozen=True)
 class Auto:
-    """The largest cache that fits free memory."""
-
-    def resolve(self, full: FullCache) -> float:
-        return _share(full.bytes_free, full)
+    """The largest cache that fits free memory: see fit.py."""
 
 
 Budget = Fraction | Bytes | Tokens | Auto

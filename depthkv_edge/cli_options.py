@@ -16,7 +16,7 @@ KV_TYPES = {"f32": 0, "f16": 1, "bf16": 30, "q8_0": 8, "q4_0": 2}  # enum ggml_t
 FLASH_ATTN = {"auto": None, "on": True, "off": False}
 MEMORY_HELP = (
     "Weights, buffers and KV cache together stay under this: 512MiB, 2GB, ... Context and budget are chosen where they "
-    "are not given."
+    "are neither given nor in the model file."
 )
 
 
@@ -27,10 +27,11 @@ class Context:
     n_ctx: int
     n_ubatch: int
     kv_budget: Budget | float | None
+    use_mmap: bool = True
 
     def arguments(self) -> dict[str, Any]:
         """By the names that `Llama` has for them."""
-        return {"n_ctx": self.n_ctx, "n_ubatch": self.n_ubatch, "kv_budget": self.kv_budget}
+        return dict(vars(self))
 
 
 def parse_memory(written: str | None) -> int | None:
@@ -81,7 +82,7 @@ def fitted(
     )
     for name, text in fit.rows:
         click.echo(f"{name:<10}{text}", err=True)
-    return Context(fit.n_ctx, fit.n_ubatch, fit.budget)
+    return Context(fit.n_ctx, fit.n_ubatch, fit.budget, use_mmap=False)
 
 
 def check_positive(*options: tuple[str, int | None]) -> None:

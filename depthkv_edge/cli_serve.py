@@ -18,7 +18,12 @@ if TYPE_CHECKING:
 @click.command()
 @click.argument("model")
 @click.argument("extra", nargs=-1, metavar="[-- LLAMA-SERVER ARGUMENTS]", type=click.UNPROCESSED)
-@click.option("--kv-budget", metavar="BUDGET", help=f"KV cache: {FORMS}. Default: the model's own, or all of it.")
+@click.option(
+    "--kv-budget",
+    envvar="LLAMA_ARG_KV_BUDGET",
+    metavar="BUDGET",
+    help=f"KV cache: {FORMS}. Also read from LLAMA_ARG_KV_BUDGET. Default: the model's own, or all of it.",
+)
 @click.option("-c", "--ctx", type=int, metavar="TOKENS", help="Context. Default: what the model was trained for.")
 @click.option("--memory", metavar="SIZE", help=MEMORY_HELP)
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on. Others need an API key.")

@@ -3,6 +3,9 @@
 The engine plans a context on a model without weights (`llama_model_params::no_alloc`), as llama.cpp's own
 `common/fit.cpp` does, and says what K and V, compute buffers and eviction state would take. The process's share is
 measured: what is resident when the vocabulary is loaded and nothing else.
+
+Weights count once. That holds if the file is not mapped into memory: a mapping stays resident beside the copies that
+the CPU backend makes of tensors whose rows it reorders (Q4_0, Q4_K, Q8_0, ...). Who loads what was chosen here says so.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ from depthkv_edge import _log, _native
 from depthkv_edge._native import llama_cpp
 from depthkv_edge.budget import Auto, Budget, Fraction, FullCache
 from depthkv_edge.errors import DepthKVError
-from depthkv_edge.llama import default_flash_attn, full_cache, load_without_weights
+from depthkv_edge.llama import default_flash_attn, file_budget, full_cache, load_without_weights
 from depthkv_edge.memory import free_bytes, rss_bytes
 from depthkv_edge.stats import read_stats
 
@@ -143,13 +146,16 @@ def fit_memory(
     lowest: float = LOWEST_BUDGET,
     process_bytes: int | None = None,
 ) -> Fit:
-    """Choose context, budget and ubatch, in this order, such that everything together stays under a memory size.
+    """Choose context, ubatch and budget, in this order, such that everything together stays under a memory size.
+
+    The full cache comes before a large ubatch, which is only faster; a slightly larger budget does not.
 
     Args:
         path: path of a GGUF.
         memory: bytes for the whole process.
         n_ctx: positions; it is kept. None: the largest power of two up to what the model was trained for that fits.
-        budget: it is kept. None or Auto: the largest that fits, in steps of 0.01.
+        budget: it is kept. None: the one in the file is kept, if there is one. Otherwise, and if Auto: the full cache,
+            or the largest that fits, in steps of 0.01.
         n_ubatch: the most; smaller ones are tried where it does not fit.
         lowest: the least budget that may be chosen.
         process_bytes: as in `measuring`.
@@ -159,10 +165,11 @@ def fit_memory(
     """
     with _model(path) as model:
         trained = int(_api.llama_model_n_ctx_train(model)) % 2**32
-        search = _Search(
-            path, memory, budget, n_ubatch, lowest, shape, model, _need_of(model, shape, process_bytes), n_ctx, trained
-        )
-        return search.run()
+        given, origin = budget, "as given"
+        if budget is None and (own := file_budget(model)) is not None:
+            given, origin = Fraction(own), "as the model file says"
+        need_of = _need_of(model, shape, process_bytes)
+        return _Search(path, memory, given, origin, n_ubatch, lowest, shape, model, need_of, n_ctx, trained).run()
 
 
 def free_memory() -> int:
@@ -180,6 +187,7 @@ class _Search:
     path: Path
     memory: int
     budget: Budget | None
+    origin: str  # of a budget that is kept
     n_ubatch: int
     lowest: float
     shape: Shape
@@ -193,7 +201,10 @@ class _Search:
         least: tuple[int, float, int, Need] | None = None
         for n_ctx in contexts:
             budgets = self._budgets(n_ctx)
-            if n_ctx != contexts[-1] and self._kv_bytes(n_ctx, budgets[0]) > self.memory:
+            n_bytes = self._kv_bytes(n_ctx, budgets[0])
+            if n_bytes > self.memory and self.n_ctx:
+                raise DepthKVError(self._far_too_little(n_ctx, budgets[0], n_bytes))
+            if n_bytes > self.memory and n_ctx != contexts[-1]:
                 continue  # not even planned: the records of its cells alone could be too much
             try:
                 least = n_ctx, *self._least(n_ctx, budgets)
@@ -203,6 +214,11 @@ class _Search:
                 break  # what would fit is below the floor of a layer
             if least[-1].total > self.memory:
                 continue
+            if budgets[-1] == 1.0:
+                for n_ubatch in self._ubatches():
+                    need = self.need_of(n_ctx, 1.0, n_ubatch)
+                    if need.total <= self.memory:
+                        return self._fit(n_ctx, n_ubatch, 1.0, need)
             for n_ubatch in self._ubatches():
                 if found := self._largest(n_ctx, n_ubatch, budgets):
                     return self._fit(n_ctx, n_ubatch, *found)
@@ -275,16 +291,24 @@ class _Search:
         share = "the largest that fits"
         if budget == 1.0:
             share = "the full cache fits"
+        elif n_ubatch > UBATCHES[-1]:
+            share += f" with a ubatch of {n_ubatch}"
         if self.budget is not None and not isinstance(self.budget, Auto):
-            share = "as given"
+            share = self.origin
         rows = [
             ("memory", f"{_mib(need.total)} of {_mib(self.memory)} MiB: {_parts(need)}"),
             ("context", f"{n_ctx} tokens, {context}"),
             ("budget", f"{budget:.3g} of the full KV cache, {share}"),
         ]
         if n_ubatch < self.n_ubatch:
-            rows.append(("ubatch", f"{n_ubatch} tokens: {self.n_ubatch} would not fit"))
+            rows.append(("ubatch", f"{n_ubatch} tokens: more would not fit"))
         return Fit(n_ctx, budget, n_ubatch, need, self.memory, tuple(rows))
+
+    def _far_too_little(self, n_ctx: int, budget: float, n_bytes: int) -> str:
+        return (
+            f"{_mib(self.memory)} MiB is too little memory for {self.path.name} at a context of {n_ctx} tokens: K and "
+            f"V alone take {_mib(n_bytes)} MiB with a budget of {budget:.3g}; give more, or a smaller context"
+        )
 
     def _too_little(self, n_ctx: int, budget: float, n_ubatch: int, need: Need) -> str:
         mib = -(-need.total // 2**20)

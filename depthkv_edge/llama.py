@@ -13,9 +13,8 @@ import numpy as np
 
 from depthkv_edge import _log, _native
 from depthkv_edge._native import llama_cpp
-from depthkv_edge.budget import Budget, Fraction, FullCache, parse_budget
+from depthkv_edge.budget import Auto, Budget, Fraction, FullCache, parse_budget
 from depthkv_edge.errors import DepthKVError
-from depthkv_edge.memory import free_bytes
 from depthkv_edge.models import check_gguf
 from depthkv_edge.stats import KVStats, read_stats
 
@@ -28,7 +27,6 @@ KEY_SINK = "depthkv.sink_tokens"
 KEY_RECENT = "depthkv.recent_tokens"
 
 _ROWS_SATURATED = 2**21  # positions: beyond any sliding window, so that only the growing layers still grow
-_AUTO_RESERVE = 0.1  # of free memory: compute buffers, and what else the process will want
 
 Override = bool | int | float | str
 
@@ -76,6 +74,9 @@ class Llama(llama_cpp.Llama):
         budget = None if kv_budget is None else parse_budget(kv_budget)
         _check_options(scorer, rule, n_sink, n_recent, kwargs.get("n_ctx", 512))
         check_gguf(Path(model_path))
+        if isinstance(budget, Auto):
+            budget, kwargs["n_ubatch"] = _fit_free_memory(Path(model_path), kwargs, flash_attn, scorer, rule)
+            kwargs.setdefault("use_mmap", False)  # see fit.py
         _native.clear_error()
         with _log.capture_errors(verbose) as lines:
             try:
@@ -166,8 +167,31 @@ def _check_options(scorer: str | None, rule: str | None, n_sink: int | None, n_r
             raise DepthKVError(f"{name} {value} is negative: give 0 or more")
 
 
+def _fit_free_memory(
+    path: Path, kwargs: Mapping[str, Any], flash_attn: bool | None, scorer: str | None, rule: str | None
+) -> tuple[Fraction, int]:
+    """Budget and ubatch for the context that was asked for."""
+    from depthkv_edge.facts import trained_ctx
+    from depthkv_edge.fit import Shape, fit_memory, free_memory  # which imports this module
+
+    n_batch = kwargs.get("n_batch", 512)
+    shape = Shape(
+        n_batch=n_batch,
+        type_k=kwargs.get("type_k"),
+        type_v=kwargs.get("type_v"),
+        flash_attn=None if flash_attn is None else int(flash_attn),  # enum llama_flash_attn_type is -1, 0 or 1
+        swa_full=kwargs.get("swa_full"),
+        scorer=scorer,
+        rule=rule,
+    )
+    n_ubatch = min(n_batch, kwargs.get("n_ubatch", 512))
+    n_ctx = kwargs.get("n_ctx", 512) or trained_ctx(path)
+    fit = fit_memory(path, free_memory(), n_ctx, Auto(), n_ubatch=n_ubatch, shape=shape)
+    return Fraction(fit.budget), fit.n_ubatch
+
+
 def resolve_budget(budget: Budget, model_path: str, kwargs: Mapping[str, Any]) -> float:
-    """Fraction of the full cache that a budget is for this model.
+    """Fraction of the full cache that a budget is for this model. `Auto` is for `fit.fit_memory`.
 
     Args:
         kwargs: arguments of `Llama` that the size of the cache depends on.
@@ -175,6 +199,7 @@ def resolve_budget(budget: Budget, model_path: str, kwargs: Mapping[str, Any]) -
     Raises:
         DepthKVError: it is less than the engine can hold, or the model cannot be had.
     """
+    assert not isinstance(budget, Auto)
     if isinstance(budget, Fraction):
         return budget.value
     with load_without_weights(model_path) as model:
@@ -230,20 +255,25 @@ def full_cache(model: Any, kwargs: Mapping[str, Any]) -> FullCache:
     total = bytes_at(n_ctx)
     growth = bytes_at(2 * _ROWS_SATURATED) - bytes_at(_ROWS_SATURATED)
     growing = min(total, growth * n_ctx // _ROWS_SATURATED)
-    free = int((1 - _AUTO_RESERVE) * free_bytes()) - _api.llama_model_size(model)
-    return FullCache(n_ctx=n_ctx, bytes_growing=growing, bytes_window=total - growing, bytes_free=max(0, free))
+    return FullCache(n_ctx=n_ctx, bytes_growing=growing, bytes_window=total - growing)
+
+
+def file_budget(model: Any) -> float | None:
+    """The budget in the file of a `llama_model`, if it has one. It is for the engine to refuse it."""
+    buffer = ctypes.create_string_buffer(64)
+    if _api.llama_model_meta_val_str(model, KEY_BUDGET.encode(), buffer, len(buffer)) < 0:
+        return None
+    with contextlib.suppress(ValueError):
+        return float(buffer.value.decode())
+    return None
 
 
 def _model_budget(model: Any, overrides: Mapping[str, Override]) -> float:
-    """The budget that the engine will read: the override's, the file's, or 1.0. It is for the engine to refuse it."""
-    text: Any = overrides.get(KEY_BUDGET)
-    if text is None:
-        buffer = ctypes.create_string_buffer(64)
-        if _api.llama_model_meta_val_str(model.model, KEY_BUDGET.encode(), buffer, len(buffer)) < 0:
-            return 1.0
-        text = buffer.value.decode()
+    """The budget that the engine will read: the override's, the file's, or 1.0."""
+    if KEY_BUDGET not in overrides:
+        return file_budget(model.model) or 1.0
     try:
-        return float(text)
+        return float(overrides[KEY_BUDGET])
     except ValueError:
         return 1.0
 

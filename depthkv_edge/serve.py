@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from depthkv_edge import _library
-from depthkv_edge.budget import Budget
+from depthkv_edge.budget import Auto, Budget
 from depthkv_edge.errors import DepthKVError
 
 if TYPE_CHECKING:
@@ -34,7 +34,22 @@ _DEFAULTS = (
     # upstream answers every web site that a browser on this machine shows
     (("--cors-origins",), ["--cors-origins", "localhost"]),
     (("--metrics",), ["--metrics"]),
+    # what the plan counts on, whatever LLAMA_ARG_... or a config file of llama.cpp says
+    (("--cache-type-k", "-ctk"), ["--cache-type-k", "f16"]),
+    (("--cache-type-v", "-ctv"), ["--cache-type-v", "f16"]),
+    (("--flash-attn", "-fa"), ["--flash-attn", "auto"]),
 )
+
+# The same where memory is limited.
+_FITTED_DEFAULTS = (
+    # a file that is mapped is resident beside what was repacked from it
+    (("--load-mode", "-lm"), ["--load-mode", "none"]),
+    # copies of sliding windows, for prompts that begin as an earlier one did
+    (("--ctx-checkpoints", "-ctxcp", "--swa-checkpoints"), ["--ctx-checkpoints", "0"]),
+)
+
+_UBATCH = ("--ubatch-size", "-ub")
+_DRAFT_MODELS = "--spec-draft-model -md --model-draft --spec-draft-hf -hfd -hfrd --hf-repo-draft".split()
 
 # What the user says before the `--`: the way to say it there, by every spelling of it.
 _OURS = {
@@ -84,6 +99,11 @@ class ServeSettings:
     pin: bool = True
     extra: tuple[str, ...] = ()
 
+    @property
+    def fitted(self) -> bool:
+        """Whether everything together has to stay under a size."""
+        return self.memory is not None or isinstance(self.budget, Auto)
+
 
 @dataclass(frozen=True)
 class Launch:
@@ -103,6 +123,7 @@ def prepare(settings: ServeSettings, environment: Mapping[str, str] = os.environ
     """
     _check_numbers(settings)
     _check_extra(settings.extra)
+    _check_fitted(settings)
     keys = _check_keys(settings)
     _check_host(settings.host, settings.port, protected=bool(keys))
     binary = server_binary()
@@ -110,19 +131,15 @@ def prepare(settings: ServeSettings, environment: Mapping[str, str] = os.environ
     if settings.api_key is not None:
         environment[KEY_VARIABLE] = settings.api_key
     command = [str(binary), "--model", str(settings.model)]
-    options = _options(settings, unified=settings.parallel > 1)
-    # the share is not known yet, but what does not go with a budget is
-    budgeted = ["--kv-budget", "0.5"] if settings.budget is not None or settings.memory is not None else []
-    _check_command([*command, *budgeted, *options], environment)
+    options = _options(settings, unified=settings.parallel > 1, n_ubatch=N_UBATCH)
+    _check_command([*command, *options], environment)
     cache = _plan(settings)
-    command += ["--ctx-size", str(cache.n_ctx)]
-    if cache.budget is not None:
-        command += ["--kv-budget", repr(cache.budget)]
-    if cache.n_ubatch is not None:
-        command += ["--ubatch-size", str(cache.n_ubatch)]
-    options = _options(settings, unified=cache.unified)
+    command += ["--ctx-size", str(cache.n_ctx), "--kv-budget", repr(cache.budget)]
+    command += _options(settings, unified=cache.unified, n_ubatch=cache.n_ubatch)
+    if cache.active:  # what does not go with a budget
+        _check_command(command, environment)
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
-    return Launch([*command, *options], environment, f"http://{host}:{settings.port}/", cache)
+    return Launch(command, environment, f"http://{host}:{settings.port}/", cache)
 
 
 def start(launch: Launch) -> NoReturn:
@@ -180,6 +197,15 @@ def _check_extra(extra: tuple[str, ...]) -> None:
             raise DepthKVError(f"{flag} {value} after -- is a second KV budget: use --kv-budget before it")
 
 
+def _check_fitted(settings: ServeSettings) -> None:
+    drafts = [flag for flag in settings.extra if _spelled(flag) in _DRAFT_MODELS]
+    if settings.fitted and drafts:
+        raise DepthKVError(
+            f"{drafts[0]} after -- brings a second model, which --memory and --kv-budget auto do not count: "
+            "give --kv-budget as a share or in bytes"
+        )
+
+
 def _spelled(flag: str) -> str:
     # as common/arg.cpp does
     return flag.replace("_", "-") if flag.startswith("--") else flag
@@ -194,21 +220,35 @@ def _value(extra: tuple[str, ...], *names: str) -> str | None:
     return found[-1] if found else None
 
 
-def _options(settings: ServeSettings, *, unified: bool) -> list[str]:
+def _number(extra: tuple[str, ...], *names: str, default: int) -> int:
+    written = _value(extra, *names)
+    try:
+        number = default if written is None else int(written)
+    except ValueError:
+        number = 0
+    if number < 1:
+        raise DepthKVError(f"{names[0]} {written} after -- is not a number above 0: give 1 or more")
+    return number
+
+
+def _options(settings: ServeSettings, *, unified: bool, n_ubatch: int) -> list[str]:
     options = ["--host", settings.host, "--port", str(settings.port), "--path", str(WEB)]
     options += ["--parallel", str(settings.parallel)]
-    if unified and not _says_unified(settings.extra):
-        options += ["--kv-unified"]
+    if not _says_unified(settings.extra):
+        options += ["--kv-unified" if unified else "--no-kv-unified"]
     if not settings.pin:
         options += ["--no-kv-pin"]
     if not _given(settings.extra, "-a", "--alias"):
         options += ["--alias", settings.model.stem]  # rather than the path, which is nobody's business
     if settings.api_key_file is not None:
         options += ["--api-key-file", str(settings.api_key_file)]
-    for names, arguments in _DEFAULTS:
+    for names, arguments in (*_DEFAULTS, *(_FITTED_DEFAULTS if settings.fitted else ())):
         if not _given(settings.extra, *names):
             options += arguments
-    return [*options, *settings.extra]
+    ubatch = ["--ubatch-size", str(n_ubatch)]
+    if _given(settings.extra, *_UBATCH):  # the most that the user wants, of which less may fit
+        return [*options, *settings.extra, *ubatch]
+    return [*options, *ubatch, *settings.extra]
 
 
 def _says_unified(extra: tuple[str, ...]) -> bool:
@@ -238,6 +278,9 @@ def _check_keys(settings: ServeSettings) -> list[str]:
 
 
 def _read_keys(path: Path) -> list[str]:
+    # The server opens it again. From a pipe it would read nothing then, and let everyone in.
+    if path.exists() and not path.is_file():
+        raise DepthKVError(f"--api-key-file {path} is not a regular file: give one, or the key in {KEY_VARIABLE}")
     # as common/arg.cpp does
     try:
         lines = path.read_bytes().decode().split("\n")
@@ -334,7 +377,7 @@ def _plan_as(settings: ServeSettings, *, unified: bool) -> CachePlan:
     from depthkv_edge.serve_cache import FLASH_ATTN, ggml_type, plan_cache
 
     extra = settings.extra
-    n_batch = int(_value(extra, "-b", "--batch-size") or N_BATCH)
+    n_batch = _number(extra, "--batch-size", "-b", default=N_BATCH)
     shape = Shape(
         n_batch=n_batch,
         n_seq=settings.parallel,
@@ -344,5 +387,5 @@ def _plan_as(settings: ServeSettings, *, unified: bool) -> CachePlan:
         flash_attn=FLASH_ATTN.get(_value(extra, "-fa", "--flash-attn") or "auto"),
         swa_full=_given(extra, "--swa-full"),
     )
-    n_ubatch = min(n_batch, int(_value(extra, "-ub", "--ubatch-size") or N_UBATCH))
+    n_ubatch = min(n_batch, _number(extra, *_UBATCH, default=N_UBATCH))
     return plan_cache(settings.model, settings.budget, settings.n_ctx, n_ubatch, shape, settings.memory)

@@ -13,7 +13,7 @@ from depthkv_edge._native import llama_cpp
 from depthkv_edge.budget import Auto, Budget, Bytes
 from depthkv_edge.errors import DepthKVError
 from depthkv_edge.fit import Fit, Shape, fit_memory, free_memory
-from depthkv_edge.llama import load_without_weights, resolve_budget
+from depthkv_edge.llama import file_budget, load_without_weights, resolve_budget
 from depthkv_edge.stats import KVStats, read_stats
 
 _api = llama_cpp.llama_cpp
@@ -32,10 +32,10 @@ class CachePlan:
     Attributes:
         active: False where the stock, full cache runs.
         unified: every conversation may use all positions, and has its part of the cells; otherwise of both.
-        budget: share of the full cache, in (0, 1]; None: the server reads the model's own.
+        budget: share of the full cache, in (0, 1]: what was asked for, the model's own, or 1.
         n_ctx: positions of the context, as the server is told.
         n_ctx_seq: positions of one conversation.
-        n_ubatch: most tokens to compute at once; None: the server's own choice.
+        n_ubatch: most tokens to compute at once; with a budget the engine takes fewer where layers are small.
         bytes: K and V of all conversations.
         bytes_full: the same for the full cache.
         cells: cells of one conversation in a layer, on average.
@@ -45,10 +45,10 @@ class CachePlan:
 
     active: bool
     unified: bool
-    budget: float | None
+    budget: float
     n_ctx: int
     n_ctx_seq: int
-    n_ubatch: int | None
+    n_ubatch: int
     bytes: int
     bytes_full: int
     cells: int
@@ -107,7 +107,7 @@ def _plan_fitting(path: Path, fit: Fit, shape: Shape) -> CachePlan:
     with load_without_weights(str(path)) as model:
         stats, n_ctx_seq = _stats(model, shape, fit.n_ctx, fit.n_ubatch, fit.budget)
         _check_trained(model, fit.n_ctx, n_ctx_seq)
-    return replace(_cache(stats, fit.budget, fit.n_ctx, n_ctx_seq, shape), n_ubatch=fit.n_ubatch, rows=fit.rows)
+    return replace(_cache(stats, fit.budget, fit.n_ctx, n_ctx_seq, fit.n_ubatch, shape), rows=fit.rows)
 
 
 def _plan(path: Path, budget: Budget | None, n_ctx: int | None, n_ubatch: int, shape: Shape) -> CachePlan:
@@ -115,14 +115,16 @@ def _plan(path: Path, budget: Budget | None, n_ctx: int | None, n_ubatch: int, s
         n_ctx = n_ctx or int(_api.llama_model_n_ctx_train(model))
         arguments = {"n_ctx": n_ctx, "n_batch": shape.n_batch, "n_ubatch": n_ubatch, "swa_full": shape.swa_full}
         arguments |= {"type_k": shape.type_k, "type_v": shape.type_v}
-        share = None if budget is None else resolve_budget(budget, str(path), arguments)
+        share = file_budget(model) or 1.0
+        if budget is not None:
+            share = resolve_budget(budget, str(path), arguments)
         stats, n_ctx_seq = _stats(model, shape, n_ctx, n_ubatch, share)
         if isinstance(budget, Bytes) and stats.bytes > budget.value:
             # every conversation has sliding windows of its own, which the share above counts once
             share = resolve_budget(Bytes(2 * budget.value - stats.bytes), str(path), arguments)
             stats, n_ctx_seq = _stats(model, shape, n_ctx, n_ubatch, share)
         _check_trained(model, n_ctx, n_ctx_seq)
-    return _cache(stats, share, n_ctx, n_ctx_seq, shape)
+    return _cache(stats, share, n_ctx, n_ctx_seq, n_ubatch, shape)
 
 
 def _check_trained(model: Any, n_ctx: int, n_ctx_seq: int) -> None:
@@ -134,14 +136,14 @@ def _check_trained(model: Any, n_ctx: int, n_ctx_seq: int) -> None:
         )
 
 
-def _cache(stats: KVStats, share: float | None, n_ctx: int, n_ctx_seq: int, shape: Shape) -> CachePlan:
+def _cache(stats: KVStats, share: float, n_ctx: int, n_ctx_seq: int, n_ubatch: int, shape: Shape) -> CachePlan:
     return CachePlan(
         active=stats.active,
         unified=shape.unified,
         budget=share,
         n_ctx=n_ctx,
         n_ctx_seq=n_ctx_seq,
-        n_ubatch=None,
+        n_ubatch=n_ubatch,
         bytes=stats.bytes,
         bytes_full=stats.bytes_full,
         cells=sum(layer.cells for layer in stats.layers) // max(1, len(stats.layers)),
@@ -149,7 +151,7 @@ def _cache(stats: KVStats, share: float | None, n_ctx: int, n_ctx_seq: int, shap
     )
 
 
-def _stats(model: Any, shape: Shape, n_ctx: int, n_ubatch: int, budget: float | None) -> tuple[KVStats, int]:
+def _stats(model: Any, shape: Shape, n_ctx: int, n_ubatch: int, budget: float) -> tuple[KVStats, int]:
     """Of an empty context, and the positions of one conversation in it."""
     params = _api.llama_context_default_params()
     params.n_ctx = n_ctx
@@ -161,12 +163,12 @@ def _stats(model: Any, shape: Shape, n_ctx: int, n_ubatch: int, budget: float | 
     if shape.flash_attn is not None:
         params.flash_attn_type = shape.flash_attn
     depth = _native.llama_depthkv_default_params()
-    depth.budget = budget or 0.0
+    depth.budget = budget
     ctx = _native.llama_depthkv_init_from_model(model, params, depth)
     if not ctx:
         raise ValueError("the engine cannot create a context")
     try:
         n_ctx_seq = int(_api.llama_n_ctx(ctx)) // (1 if shape.unified else shape.n_seq)
-        return read_stats(ctx, budget or 1.0), n_ctx_seq
+        return read_stats(ctx, budget), n_ctx_seq
     finally:
         _api.llama_free(ctx)

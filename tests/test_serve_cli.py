@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from tiny import write_llama, write_mamba
 
 from depthkv_edge import DepthKVError, _library, serve
-from depthkv_edge.budget import parse_budget
+from depthkv_edge.budget import parse_budget, parse_size
 from depthkv_edge.calibration import KEY_BUDGET
 from depthkv_edge.cli import main
 from depthkv_edge.serve import ServeSettings, prepare
@@ -152,19 +152,17 @@ def test_defaults(start):
     """One conversation, the full cache, the context that the model was trained for."""
     outcome = start()
     argv = started(outcome)
-    assert "--kv-budget" not in argv and "--kv-unified" not in argv
+    assert value(argv, "--kv-budget") == "1.0" and "--no-kv-unified" in argv
+    assert value(argv, "--cache-type-k") == value(argv, "--cache-type-v") == "f16"
     assert value(argv, "--ctx-size") == "8192" and value(argv, "--parallel") == "1"
     assert outcome.err.splitlines()[1:] == ["KV cache  180.0 MiB of 180.0 MiB (100%)", "context   8192 tokens"]
 
 
 @pytest.mark.parametrize(
-    ("budget", "expected"), [("0.5", 0.5), ("48MiB", 48 / 45), ("512t", 0.25), ("1", 1.0), (None, None)]
+    ("budget", "expected"), [("0.5", 0.5), ("48MiB", 48 / 45), ("512t", 0.25), ("1", 1.0), (None, 1.0)]
 )
 def test_budgets(here, budget, expected):
     launch = here(budget=None if budget is None else parse_budget(budget))
-    if expected is None:
-        assert "--kv-budget" not in launch.command
-        return
     share = float(value(launch.command, "--kv-budget"))
     assert share == pytest.approx(min(1.0, expected), rel=1e-6)
     assert launch.cache.bytes <= share * launch.cache.bytes_full
@@ -179,11 +177,10 @@ def test_budget_in_bytes_is_kept(here):
 
 
 def test_budget_of_the_model(here, smollm2, tmp_path):
-    """A budget in the file is the server's to read, and shows in what is said."""
-
+    """A budget in the file counts, shows in what is said, and is told to the server: nothing else may overrule it."""
     path = write_llama(tmp_path / "m.gguf", lambda writer: writer.add_float32(KEY_BUDGET, 0.5))
     launch = here(model=path, n_ctx=None)
-    assert "--kv-budget" not in launch.command
+    assert value(launch.command, "--kv-budget") == "0.5"
     assert launch.cache.active and launch.cache.bytes <= launch.cache.bytes_full / 2
 
 
@@ -231,6 +228,39 @@ def test_auto(here):
     assert launch.cache.n_ctx == 2048 and launch.cache.budget == 1.0
 
 
+def test_memory_counts_what_it_says(here):
+    """Weights once, and no copies of windows; a second model is not counted, and refused."""
+    command = here(memory=256 * 2**20).command
+    assert value(command, "--load-mode") == "none" and value(command, "--ctx-checkpoints") == "0"
+    command = here(memory=256 * 2**20, extra=("-ctxcp", "2", "-lm", "mmap")).command
+    assert "--ctx-checkpoints" not in command and "--load-mode" not in command
+    with pytest.raises(DepthKVError, match="would do is") as caught:
+        here(memory=100 * 2**20, n_ctx=8192)
+    least = parse_size(str(caught.value).partition("would do is ")[2].partition(",")[0])
+    command = here(memory=least + 2**20, n_ctx=8192, extra=("-ub", "512")).command
+    assert command[-2] == "--ubatch-size" and int(command[-1]) < 512, "the last one counts"
+    given: dict[str, Any]
+    for given in ({"memory": 256 * 2**20}, {"budget": parse_budget("auto")}):
+        with pytest.raises(DepthKVError, match="-md after -- brings a second model"):
+            here(extra=("-md", "draft.gguf"), **given)
+    assert "-md" in here(extra=("-md", "draft.gguf")).command
+
+
+def test_the_environment(start):
+    """What upstream reads from it does not contradict what was planned."""
+    argv = started(start("-c", 2048, LLAMA_ARG_KV_BUDGET="0.5"))
+    assert value(argv, "--kv-budget") == "0.5"
+    argv = started(start("-c", 2048, "--kv-budget", "0.25", LLAMA_ARG_KV_BUDGET="0.5", LLAMA_ARG_UBATCH="64"))
+    assert value(argv, "--kv-budget") == "0.25" and value(argv, "--ubatch-size") == "512"
+
+
+@pytest.mark.parametrize("flag", ["-b", "--ubatch-size"])
+@pytest.mark.parametrize("written", ["512x", "0", "-1"])
+def test_numbers_after_the_dashes(here, flag, written):
+    with pytest.raises(DepthKVError, match=f"{written} after -- is not a number above 0"):
+        here(extra=(flag, written))
+
+
 def test_no_pin(here):
     assert "--no-kv-pin" in here(pin=False).command
 
@@ -246,6 +276,19 @@ def test_key_file(here, tmp_path):
     path = tmp_path / "keys"
     path.write_text("# clients\n\nkey-1\nkey-2\n")
     assert value(here(api_key_file=path, host="0.0.0.0").command, "--api-key-file") == str(path)
+
+
+@pytest.mark.skipif(not Path("/dev/stdin").exists(), reason="a file that can be read once")
+def test_a_key_file_that_can_be_read_once(here):
+    """The server would find it empty, and let everyone in."""
+    read, write = os.pipe()
+    os.write(write, b"key-1\n")
+    os.close(write)
+    try:
+        with pytest.raises(DepthKVError, match="is not a regular file"):
+            here(api_key_file=Path(f"/dev/fd/{read}"), host="0.0.0.0")
+    finally:
+        os.close(read)
 
 
 @pytest.mark.skipif(os.name != "posix", reason="Windows has no exec")

@@ -413,6 +413,14 @@ def test_a_draft_model_keeps_its_full_cache(other: Server, text: str):
     assert again["timings"]["prompt_n"] <= 11
 
 
+def test_a_budget_that_is_overridden_is_not_that_of_the_draft(start: Callable[..., Server], smollm2: Path):
+    override = ("--override-kv", "depthkv.budget=float:0.5")
+    server = start("-m", smollm2, "-md", smollm2, "--spec-type", "draft-simple", "-np", 1, "-c", 512, "-lv", 4, *override)
+    assert server.slot()["kv"]["budget"] == 0.5
+    assert len(re.findall(r"llama_kv_cache_depth: size =", server.log.read_text())) == 1
+    server.close()
+
+
 def test_drafts_from_the_text_itself(start: Callable[..., Server], smollm2: Path, text: str):
     server = start("-m", smollm2, "-c", N_CTX, "-np", 1, "--kv-budget", BUDGET, "--spec-type", "ngram-simple")
     answer = server.complete(server.tokens(text[:160]) * 8, 40)
@@ -482,6 +490,17 @@ def test_a_sliding_window(start: Callable[..., Server], gemma3: Path, text: str)
     assert back["timings"]["predicted_n"] == 4
     kv = server.slot()["kv"]
     assert kv["bytes"] > sum(layer["bytes"] for layer in kv["layers"])  # the windows count too
+    server.close()
+
+
+def test_the_beginning_of_a_prompt_whose_window_has_moved_on(start: Callable[..., Server], gemma3: Path, text: str):
+    """It ends where a checkpoint does, and its last token is evaluated again, one position before that."""
+    server = start("-m", gemma3, "-c", 2048, "-np", 1, "-b", 64, "-ub", 64, "--kv-budget", 0.5)
+    words = server.tokens(text[:6000])[:900]
+    server.complete(words, 300)
+    for n_back in (4, 5, 6, 4 + 64, 5 + 64):
+        again = server.complete(words[:-n_back], 2)
+        assert again["timings"]["predicted_n"] == 2, n_back
     server.close()
 
 

@@ -351,7 +351,8 @@ bool llama_kv_cache_depth::seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p
             const llama_pos pos_min = kv_iswa->seq_pos_min(s);
             const llama_pos pos_max = kv_iswa->seq_pos_max(s);
 
-            if (p0 > 0 && p0 <= pos_max && p1 > pos_max && pos_min > std::max(0, p0 - (llama_pos) hparams.n_swa + 1)) {
+            if (p0 > 0 && p0 <= pos_max && p1 > pos_max && pos_min > 0 &&
+                    !llama_hparams::is_masked_swa(hparams.n_swa, hparams.swa_type, pos_min - 1, p0)) {
                 return false;
             }
         }

@@ -58,7 +58,7 @@ void common_kv_budget_check(const common_params & params) {
     refuse(params.multiple_choice, "--multiple-choice", "its answers share cells between sequences, drop one of the two");
 
     refuse(!params.mmproj.path.empty() || !params.mmproj.url.empty(),
-            "--mmproj", "evicting tokens of images and audio has not been tried, drop one of the two");
+            "--mmproj", "evicting tokens of images and audio has not been tried, drop one of the two (--no-mmproj if -hf brings it)");
 
     for (const auto type : params.speculative.types) {
         switch (type) {
@@ -77,7 +77,7 @@ void common_kv_budget_check(const common_params & params) {
     // with a budget every slot may fill the whole context, the cells of a unified draft cache are for all slots together
     // the server replaces a negative number of slots by several and a unified cache
     refuse(params.speculative.has_dft() && (params.n_parallel < 0 || (params.n_parallel > 1 && params.kv_unified)),
-            "--spec-draft-model and a unified KV cache", "add -np 1 or --no-kv-unified");
+            "--spec-draft-model and a unified KV cache", "add -np 1, or -np N and --no-kv-unified");
 }
 
 void common_kv_budget_apply(common_params & params) {
@@ -96,10 +96,6 @@ void common_kv_budget_apply(common_params & params) {
 }
 
 void common_kv_budget_apply_draft(common_params & params) {
-    if (params.kv_budget.empty()) {
-        return;
-    }
-
     // rather than no override: the file may carry a budget of its own
     common_kv_budget_override(params, 1.0);
 

@@ -22,6 +22,10 @@ static constexpr int64_t t_watch_us  = 5*1000*1000;
 std::string server_kv_metrics::to_text() const {
     std::ostringstream ss;
 
+    if (!has_stats) {
+        return "";
+    }
+
     // integers in full: an ostream prints doubles with 6 digits
     const auto add = [&ss](const char * type, const char * name, const char * help, const std::string & value) {
         ss << "# HELP llamacpp:" << name << " " << help  << "\n"
@@ -213,6 +217,7 @@ json server_kv::to_json(int id_slot, bool with_strips) {
 server_kv_metrics server_kv::get_metrics() const {
     server_kv_metrics res;
 
+    res.has_stats  = has_stats;
     res.bytes      = stats.bytes;
     res.bytes_full = stats.bytes_full;
     res.n_evicted  = stats.n_evict;
@@ -225,6 +230,9 @@ server_kv_metrics server_kv::get_metrics() const {
             res.n_pinned += slots[id].n_held_pinned();
         }
     }
+
+    // in a unified cache a cell may belong to several slots
+    res.n_used = std::min(res.n_used, res.n_cells);
 
     return res;
 }

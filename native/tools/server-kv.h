@@ -14,6 +14,7 @@ struct common_params;
 
 // totals of the server, for /metrics
 struct server_kv_metrics {
+    bool     has_stats     = false; // the model has a KV cache that can be reported on
     uint64_t bytes         = 0; // K and V allocated
     uint64_t bytes_full    = 0; // what the full cache would take
     uint64_t n_cells       = 0; // over layers and slots, as are the next three
@@ -22,7 +23,7 @@ struct server_kv_metrics {
     uint64_t n_evicted     = 0; // since the model was loaded
     int64_t  t_evict_us    = 0; // spent on scoring and eviction
 
-    // Prometheus text format
+    // Prometheus text format, empty if there is nothing to report
     std::string to_text() const;
 };
 
@@ -53,7 +54,7 @@ public:
     // the same before a decode, with strips if somebody is likely to ask for them meanwhile
     void update_for_decode();
 
-    // null if the model has no KV cache
+    // null if the model has no KV cache that can be reported on
     json to_json(int id_slot, bool with_strips);
 
     server_kv_metrics get_metrics() const;

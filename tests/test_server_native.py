@@ -414,8 +414,9 @@ def test_a_draft_model_keeps_its_full_cache(other: Server, text: str):
 
 
 def test_a_budget_that_is_overridden_is_not_that_of_the_draft(start: Callable[..., Server], smollm2: Path):
+    draft = ("-md", smollm2, "--spec-type", "draft-simple")
     override = ("--override-kv", "depthkv.budget=float:0.5")
-    server = start("-m", smollm2, "-md", smollm2, "--spec-type", "draft-simple", "-np", 1, "-c", 512, "-lv", 4, *override)
+    server = start("-m", smollm2, *draft, "-np", 1, "-c", 512, "-lv", 4, *override)
     assert server.slot()["kv"]["budget"] == 0.5
     assert len(re.findall(r"llama_kv_cache_depth: size =", server.log.read_text())) == 1
     server.close()

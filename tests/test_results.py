@@ -71,3 +71,14 @@ def test_speed_in_readme():
         if title != "stock":
             ratios = [row["decode"][depth]["ratio"] for depth in ("full", "half", "empty")]
             assert [float(cell.rstrip("x")) for cell in decode] == [pytest.approx(r, abs=0.00501) for r in ratios]
+
+
+def test_gemma_in_readme():
+    """The figures in the sentence about a model with few global layers."""
+    text = " ".join((ROOT / "README.md").read_text().split())
+    rows = {row["label"]: row for row in report("gemma3")["rows"]}
+    share = {label: f"{row['kv']['share']:.0%}".replace("%", " %") for label, row in rows.items()}
+    kl = {label: f"{row['metrics']['kl']['mean']:.4f}".removeprefix("0") for label, row in rows.items()}
+    depth, uniform, q8_0 = "depth 0.4", "uniform 0.4", "kv-q8_0"
+    assert f"leaves {share[depth]} of the bytes (divergence {kl[depth]} calibrated, {kl[uniform]} with equal" in text
+    assert f"({share[q8_0]}, {kl[q8_0]})" in text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from jinja2 import TemplateError
@@ -35,7 +36,7 @@ def build_prompt(llama: Llama, user: str, system: str = "") -> Prompt:
     """Render a user message, and a system prompt if there is one, through the model's own chat template.
 
     Raises:
-        DepthKVError: the template is broken, or refuses a system prompt.
+        DepthKVError: the template is broken, refuses a system prompt, or a text is not Unicode.
     """
     tokens = _render(llama, user, system)
     if not system:
@@ -53,13 +54,13 @@ def build_turn(llama: Llama, user: str, system: str = "") -> Prompt:
 
     Returns:
         The tokens that follow the last token of the answer's text, of which the first `n_system` do not depend on the
-        message.
+        message. Blanks at the beginning of the message that would change them are left out.
 
     Raises:
-        DepthKVError: the template is broken, refuses the conversation, or leaves the model's own answers out.
+        DepthKVError: the template is broken, refuses the conversation, leaves the model's own answers out, or a text
+            is not Unicode.
     """
-    tokens = _following(llama, user, system)
-    return Prompt(tokens, _common_prefix(*(_following(llama, letter, system) for letter in "ab"), tokens))
+    return _with_lead(lambda text: _following(llama, text, system), user)
 
 
 def build_opening(llama: Llama, user: str, system: str = "") -> Prompt:
@@ -72,13 +73,22 @@ def build_opening(llama: Llama, user: str, system: str = "") -> Prompt:
     Raises:
         DepthKVError: as `build_prompt`.
     """
-    tokens = _render(llama, user, system)
-    return Prompt(tokens, _common_prefix(*(_render(llama, letter, system) for letter in "ab"), tokens))
+    return _with_lead(lambda text: _render(llama, text, system), user)
+
+
+def _with_lead(render: Callable[[str], list[int]], user: str) -> Prompt:
+    probes = [render(letter) for letter in "ab"]
+    n_lead, tokens = _common_prefix(*probes), render(user)
+    if _common_prefix(probes[0], tokens) < n_lead:
+        # The first blanks of the message are one token with the last blank of the template. What comes before a message
+        # has to stand without it: it stays when this message is dropped, and then another one follows it.
+        tokens = render(user.lstrip())
+    return Prompt(tokens, _common_prefix(*probes, tokens))
 
 
 def _render(llama: Llama, user: str, system: str) -> list[int]:
     text, added_special = _rendered(llama, [{"role": "user", "content": user}], system)
-    return llama.tokenize(text.encode(), add_bos=not added_special, special=_has_template(llama))
+    return llama.tokenize(_encoded(text), add_bos=not added_special, special=_has_template(llama))
 
 
 def _following(llama: Llama, user: str, system: str) -> list[int]:
@@ -95,7 +105,14 @@ def _following(llama: Llama, user: str, system: str) -> list[int]:
     before, found, after = text.rpartition(answer)
     if not found:
         raise DepthKVError("the model's chat template leaves answers out: it cannot go on with a conversation")
-    return llama.tokenize(after.encode(), add_bos=False, special=_has_template(llama))
+    return llama.tokenize(_encoded(after), add_bos=False, special=_has_template(llama))
+
+
+def _encoded(text: str) -> bytes:
+    try:
+        return text.encode()
+    except UnicodeEncodeError as error:  # bytes that are no UTF-8 come out of Python's command line as half characters
+        raise DepthKVError(f"the prompt is not UTF-8 text ({text[error.start]!a} is in it): convert it first") from None
 
 
 def _has_template(llama: Llama) -> bool:

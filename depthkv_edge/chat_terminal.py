@@ -29,6 +29,7 @@ _ROLLED = (
     "(the conversation is longer than its context: from here on its oldest turns are forgotten, and the system prompt "
     "stays; this is said once)"
 )
+_FORGOTTEN = "(the model has forgotten the conversation: /save FILE and /load FILE bring it back)"
 _AGES = ("oldest", "2nd quarter", "3rd quarter", "newest")
 
 COMMANDS = {
@@ -72,7 +73,12 @@ def chat(conversation: Conversation, *, as_json: bool = False) -> None:
             tired = not _typed()
             tell("\nonce more ends the chat, as /quit does" if tired else "")
             continue
-        tired = False
+        except DepthKVError as error:
+            if not interactive:
+                raise
+            tell(f"depthkv-edge: {error}")
+            continue
+        tired, forgotten = False, conversation.forgotten
         try:
             if not handle(conversation, message, as_json=as_json, interactive=interactive):
                 return
@@ -80,6 +86,8 @@ def chat(conversation: Conversation, *, as_json: bool = False) -> None:
             if not interactive:
                 raise
             tell(f"depthkv-edge: {error}")
+            if conversation.forgotten and not forgotten:
+                tell(_FORGOTTEN)
     if interactive:
         tell("")
 
@@ -120,6 +128,7 @@ def read_message(ask: Ask) -> str:
 
     Raises:
         EOFError: the input has ended.
+        DepthKVError: a line is not UTF-8 text.
     """
     line = ask("> ")
     if line.lstrip().startswith(_BLOCK):
@@ -177,10 +186,10 @@ def _command(conversation: Conversation, line: str) -> bool:
     if name == "stats":
         print_holding(conversation.holding())
     elif name == "save":
-        save(conversation, Path(rest).expanduser())
+        save(conversation, Path(rest))
         tell(f"{len(conversation.messages)} messages saved to {rest}")
     elif name == "load":
-        system, messages = read_saved(Path(rest).expanduser())
+        system, messages = read_saved(Path(rest))
         _replay(conversation, system, messages)
     elif name == "system":
         _system(conversation, rest)
@@ -213,7 +222,7 @@ def _replay(conversation: Conversation, system: str, messages: list[dict[str, st
         try:
             conversation.replay(system, messages, on_prefill=on_prefill, stop=stop)
         except Stopped:
-            raise DepthKVError("stopped: the conversation is empty now") from None
+            raise DepthKVError(f"stopped before the {n_tokens} tokens of the conversation were read") from None
     tell(f"{len(messages)} messages read, {n_tokens} tokens")
     if conversation.rolls > 0:
         tell(_ROLLED)
@@ -268,18 +277,26 @@ def holding_rows(holding: Holding) -> list[tuple[str, str]]:
 
 
 def _ask_terminal(prompt: str) -> str:
-    # bytes that are no text reach input() as surrogates, which no tokenizer takes
-    return input(prompt).encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+    with _utf8_input():
+        # bytes that are no text reach input() as half characters, which no tokenizer takes
+        return input(prompt).encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
 def _ask_pipe(prompt: str) -> str:
-    try:
+    with _utf8_input():
         line = sys.stdin.readline()
-    except UnicodeDecodeError as error:
-        raise DepthKVError(f"standard input is not UTF-8 text ({error.reason}): convert it first") from None
+        line.encode()  # in the C and POSIX locales bytes that are no text come out of decoding as half characters
     if not line:
         raise EOFError
     return line.rstrip("\n")
+
+
+@contextlib.contextmanager
+def _utf8_input() -> Iterator[None]:
+    try:
+        yield
+    except UnicodeError:
+        raise DepthKVError("standard input is not UTF-8 text: convert it first") from None
 
 
 def _typed() -> bool:

@@ -17,6 +17,7 @@ from depthkv_edge.cli_options import (
     fitted,
     parse_memory,
 )
+from depthkv_edge.errors import DepthKVError
 from depthkv_edge.models import resolve_model
 
 _UBATCH = 512
@@ -61,6 +62,7 @@ def chat(
     n_memory = parse_memory(memory)
     check_positive(("-c", ctx), ("-n", predict), ("--threads", threads))
     check_temperature(temp)
+    _check_text("--system", system)
     path = resolve_model(model)
 
     # imported here, so that what is wrong so far is said at once, and --help needs no library
@@ -92,3 +94,11 @@ def chat(
             share = f"{kv.bytes / 2**20:.1f} MiB of KV cache, {kv.bytes / max(1, kv.bytes_full):.0%} of the full one"
             tell(f"{path.name}: context of {llama.n_ctx()} tokens, {share}; /help lists the commands")
         run_chat(conversation, as_json=as_json)
+
+
+def _check_text(name: str, text: str) -> None:
+    # bytes of the command line that are no text are half characters here, which no tokenizer takes
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise DepthKVError(f"{name} {text!a} is not UTF-8 text: convert it first") from None

@@ -12,6 +12,8 @@ from depthkv_edge.models import resolve_model
 if TYPE_CHECKING:
     from depthkv_edge.doctor import Case, Diagnosis, ModelReport
 
+_TABLE_WIDTH = 80  # columns, however narrow the terminal says it is: a number is never cut
+
 
 @click.command()
 @click.argument("model", required=False)
@@ -38,7 +40,8 @@ def doctor(model: str | None, as_json: bool) -> None:
             click.echo(f"{name:<13}{text}")
         if diagnosis.model.cases:
             click.echo()
-            click.echo("\n".join(table_lines(diagnosis.model)))
+            click.echo("MiB for everything, by context and KV budget; [does not fit]")
+            print_cases(diagnosis.model)
 
 
 def fact_rows(diagnosis: Diagnosis) -> list[tuple[str, str]]:
@@ -82,21 +85,27 @@ def model_rows(report: ModelReport) -> list[tuple[str, str]]:
     return rows
 
 
-def table_lines(report: ModelReport) -> list[str]:
-    """MiB that a context (rows) and a budget (columns) need; what does not fit is in brackets."""
+def print_cases(report: ModelReport) -> None:
+    """MiB that a context (rows) and a budget (columns) need, on standard output; what does not fit is in brackets."""
+    # imported here, since every other command imports this module and shows no table
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
     budgets = sorted({case.budget for case in report.cases}, reverse=True)
     cases = {(case.n_ctx, case.budget): case for case in report.cases}
-    header = "".join(f"{f'{budget:.0%}':>12}" for budget in budgets)
-    lines = [f"{'context':>9}{header}   MiB for everything, by KV budget; [does not fit]"]
+    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 3, 0, 0))
+    for name in ("context", *(f"{budget:.0%}" for budget in budgets)):
+        table.add_column(name, justify="right", no_wrap=True)
     for n_ctx in sorted({case.n_ctx for case in report.cases}):
-        cells = (_cell(cases[n_ctx, budget]) for budget in budgets)
-        lines.append(f"{n_ctx:>9}" + "".join(f"{cell:>12}" for cell in cells))
-    return lines
+        cells = (_cell(cases[n_ctx, budget], report.refusal) for budget in budgets)
+        table.add_row(str(n_ctx), *(Text(cell) for cell in cells))  # plain text: brackets are no markup here
+    Console(highlight=False, width=_TABLE_WIDTH).print(table, soft_wrap=True)
 
 
-def _cell(case: Case) -> str:
+def _cell(case: Case, refusal: str) -> str:
     if case.need is None:
-        return "too small"
+        return "-" if refusal else "too small"
     return _mib(case.need.total) if case.fits else f"[{_mib(case.need.total)}]"
 
 

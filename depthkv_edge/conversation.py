@@ -27,6 +27,8 @@ from depthkv_edge.stats import KVStats
 
 _api = llama_cpp.llama_cpp
 
+_PATH_ERRORS = (OSError, ValueError, RuntimeError)  # no such file, a NUL in its name, no such home directory
+
 N_AGES = 4  # parts of the conversation, by age, that `Holding` tells apart
 
 
@@ -58,17 +60,7 @@ class Turn:
 
     def to_dict(self) -> dict[str, Any]:
         """The same for JSON, with what `run` says of the KV cache."""
-        layers = [
-            {key: getattr(layer, key) for key in ("layer", "cells", "used", "evicted")} for layer in self.kv.layers
-        ]
-        return {key: value for key, value in asdict(self).items() if key != "kv"} | {
-            "kv": {
-                "budget": self.kv.budget,
-                "bytes": self.kv.bytes,
-                "bytes_full": self.kv.bytes_full,
-                "layers": layers,
-            }
-        }
+        return asdict(self) | {"kv": self.kv.summary()}
 
 
 @dataclass(frozen=True)
@@ -152,6 +144,11 @@ class Conversation:
         """How often old turns were dropped by position shift."""
         return self._rolls
 
+    @property
+    def forgotten(self) -> bool:
+        """Whether the context is empty though messages have been exchanged: something has failed. `replay` helps."""
+        return bool(self.messages) and not self._spans
+
     def say(
         self,
         user: str,
@@ -169,17 +166,21 @@ class Conversation:
 
         Raises:
             DepthKVError: the message does not fit the context, the system prompt cannot be pinned, the model cannot
-                shift positions, or the engine fails.
+                shift positions, or the engine fails. What has been said of the answer until then is in `messages`.
             Stopped: `stop` said so before the answer began. The conversation is as it was before the message, but for
                 turns that made room for it.
         """
         if not user.strip():
             raise DepthKVError("the message is empty: say something")
         dropped, evaluated = self._dropped, self._evaluated
+        pieces: list[str] = []
         with self._engine_errors():
             n_new = self._prefill(user, [], on_prefill, stop)
-            text, finish, n_generated = self._answer(on_text, stop)
-        self.messages += [{"role": "user", "content": user}, {"role": "assistant", "content": text}]
+            try:
+                finish, n_generated = self._answer(pieces, on_text, stop)
+            finally:  # an answer that fails is in the context as far as it came, with its message
+                text = "".join(pieces)
+                self.messages += [{"role": "user", "content": user}, {"role": "assistant", "content": text}]
         return Turn(
             text=text,
             finish=finish,
@@ -200,15 +201,18 @@ class Conversation:
     ) -> None:
         """Begin anew, with messages that have been exchanged before. This is the one time that they are computed again.
 
+        An answer that would fill the context is computed only as far as it fits beside its message.
+
         Args:
             messages: as `check_messages` returns them.
             on_prefill: as in `say`; `replay_length` says how many tokens there are.
 
         Raises:
-            DepthKVError: as in `say`. The conversation is empty then.
-            Stopped: `stop` said so. The conversation is empty then.
+            DepthKVError: as in `say`. The context is empty then; system prompt and `messages` are as before.
+            Stopped: `stop` said so. The same.
         """
-        previous, self.system = self.system, system
+        previous = self.system, self.messages
+        self.system = system
         self.clear()
         try:
             for question, answer in zip(messages[::2], messages[1::2], strict=True):
@@ -216,18 +220,23 @@ class Conversation:
                     self._prefill(question["content"], self._tokens(answer["content"]), on_prefill, stop)
                 self.messages += [question, answer]
         except BaseException:
-            self.system = previous
             self.clear()
+            self.system, self.messages = previous
             raise
 
     def replay_length(self, system: str, messages: Sequence[dict[str, str]]) -> int:
-        """Tokens that `replay` computes."""
-        n = 0
-        for i, message in enumerate(messages):
-            if message["role"] == "assistant":
-                n += len(self._tokens(message["content"]))
-            else:
-                n += len((build_turn if i else build_opening)(self.llama, message["content"], system).tokens)
+        """Tokens that `replay` computes, if it has to drop nothing.
+
+        Raises:
+            DepthKVError: a message does not fit the context, or the template refuses one.
+        """
+        n = n_system = 0
+        for i, (question, answer) in enumerate(zip(messages[::2], messages[1::2], strict=True)):
+            prompt = (build_turn if i else build_opening)(self.llama, question["content"], system)
+            if i == 0:
+                n_system = prompt.n_system
+            n_alone = n_system + len(prompt.tokens) - prompt.n_system
+            n += len(prompt.tokens) + len(self._fitting(self._tokens(answer["content"]), n_alone))
         return n
 
     def holding(self) -> Holding:
@@ -253,9 +262,7 @@ class Conversation:
 
     def _open(self, user: str, answer: list[int], on_prefill: Callable[[int], None], stop: Callable[[], bool]) -> int:
         prompt = build_opening(self.llama, user, self.system)
-        tokens = prompt.tokens + answer
-        if len(tokens) >= self._n_ctx:
-            raise DepthKVError(self._too_long(len(tokens)))
+        tokens = prompt.tokens + self._fitting(answer, len(prompt.tokens))
         try:
             self._lay_out(tokens, prompt.n_system, on_prefill, stop)
         except BaseException:
@@ -279,9 +286,8 @@ class Conversation:
         self, user: str, answer: list[int], on_prefill: Callable[[int], None], stop: Callable[[], bool]
     ) -> int:
         prompt = build_turn(self.llama, user, self.system)
-        tokens, n_lead = prompt.tokens + answer, prompt.n_system
-        if self._n_system + len(tokens) - n_lead >= self._n_ctx:
-            raise DepthKVError(self._too_long(self._n_system + len(tokens) - n_lead))
+        n_lead = prompt.n_system
+        tokens = prompt.tokens + self._fitting(answer, self._n_system + len(prompt.tokens) - n_lead)
         if not self._make_room(len(self._pending) + len(tokens)):
             # nothing of the conversation can stay beside this message: it follows the system prompt directly
             if not self._drop_all():
@@ -300,13 +306,13 @@ class Conversation:
         self._pending = []
         return len(pending) + len(tokens)
 
-    def _answer(self, on_text: Callable[[str], None], stop: Callable[[], bool]) -> tuple[str, str, int]:
+    def _answer(self, pieces: list[str], on_text: Callable[[str], None], stop: Callable[[], bool]) -> tuple[str, int]:
+        """Sample an answer, appending its text to `pieces`; returns why it ended, and its number of tokens."""
         decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a token may end in the middle of a character
-        text: list[str] = []
 
         def put(piece: bytes, final: bool = False) -> None:
             if part := decoder.decode(piece, final):
-                text.append(part)
+                pieces.append(part)
                 on_text(part)
 
         n = 0
@@ -330,7 +336,7 @@ class Conversation:
             self.llama.eval(self._pending)
             self._pending = []
         put(b"", final=True)
-        return "".join(text), finish, n
+        return finish, n
 
     def _eval(self, tokens: list[int], on_prefill: Callable[[int], None], stop: Callable[[], bool]) -> None:
         # a ubatch at a time: the engine splits a batch like that anyway, and a stop has to wait no longer than for one
@@ -350,7 +356,10 @@ class Conversation:
         except DepthKVError as error:
             if not self.system:  # what the template says of its own accord may go
                 return False
-            raise DepthKVError(f"the system prompt ({n} tokens) cannot be pinned: {error}") from None
+            raise DepthKVError(
+                f"the system prompt ({n} tokens) cannot be pinned: {error}; or give it as --system when the model is "
+                "loaded, which makes room for it in every layer"
+            ) from None
         return True
 
     def _make_room(self, n_new: int) -> bool:
@@ -376,7 +385,12 @@ class Conversation:
             llama.input_ids[: len(tokens)] = tokens
             llama.n_tokens = len(tokens)
         else:  # sliding windows and M-RoPE: what stays is computed once more
-            self._lay_out(tokens, begin, lambda n: None, lambda: False)
+            try:
+                self._lay_out(tokens, begin, lambda n: None, lambda: False)
+            except BaseException:
+                self._dropped += n - begin + len(self._pending)
+                self._restart()
+                raise
         self._spans = [_Span(span.content - n_removed) for span in self._spans if span.content >= cut]
         self._dropped += n_removed
         self._rolls += 1
@@ -403,11 +417,22 @@ class Conversation:
     def _tokens(self, text: str) -> list[int]:
         return self.llama.tokenize(text.encode(), add_bos=False, special=False)
 
-    def _too_long(self, n_tokens: int) -> str:
-        return (
-            f"the message is longer than the context: {n_tokens} tokens with template and system prompt, {self._n_ctx} "
-            "tokens of context; give a larger context or a shorter message"
-        )
+    def _fitting(self, answer: list[int], n_message: int) -> list[int]:
+        """What fits of a known answer: one that ended with the context is a token longer than the context.
+
+        Args:
+            n_message: tokens of its message, with template and system prompt.
+
+        Raises:
+            DepthKVError: there is no room for the message itself.
+        """
+        room = self._n_ctx - 1 - n_message  # the next token to be computed needs a position too
+        if room < 0:
+            raise DepthKVError(
+                f"the message is longer than the context: {n_message} tokens with template and system prompt, "
+                f"{self._n_ctx} tokens of context; give a larger context or a shorter message"
+            )
+        return answer[:room]
 
     @property
     def _memory(self) -> Any:
@@ -463,19 +488,32 @@ def check_messages(data: Any) -> tuple[str, list[dict[str, str]]]:
     system = data.get("system", "")
     if not isinstance(system, str):
         raise DepthKVError('its "system" is not a text')
+    _check_unicode('"system"', system)
     messages = []
     for i, message in enumerate(data["messages"]):
         role = ("user", "assistant")[i % 2]
         if not isinstance(message, dict) or message.get("role") != role or not isinstance(message.get("content"), str):
             raise DepthKVError(f'its message {i} is not of the role "{role}" with a text as "content"')
+        _check_unicode(f"message {i}", message["content"])
         messages.append({"role": role, "content": message["content"]})
     if len(messages) % 2:
         raise DepthKVError("its last message has no answer")
     return system, messages
 
 
+def _check_unicode(name: str, text: str) -> None:
+    # JSON can write down half of a character, which no tokenizer takes
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise DepthKVError(f"its {name} is not Unicode: {text[error.start]!a} at character {error.start}") from None
+
+
 def save(conversation: Conversation, path: Path) -> None:
     """Write a conversation as JSON: model, system prompt, all messages.
+
+    Args:
+        path: a `~` at its beginning is a home directory.
 
     Raises:
         DepthKVError: the file cannot be written.
@@ -486,24 +524,37 @@ def save(conversation: Conversation, path: Path) -> None:
         "messages": conversation.messages,
     }
     try:
-        path.write_text(json.dumps(data, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise DepthKVError(f"{path} cannot be written: {error.strerror}") from None
+        path.expanduser().write_text(json.dumps(data, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+    except _PATH_ERRORS as error:
+        raise DepthKVError(f"{_shown(path)} cannot be written: {_why(error)}; give another path") from None
 
 
 def read_saved(path: Path) -> tuple[str, list[dict[str, str]]]:
     """System prompt and messages of a file that `save` wrote.
 
+    Args:
+        path: a `~` at its beginning is a home directory.
+
     Raises:
         DepthKVError: the file cannot be read, or is not a saved conversation.
     """
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise DepthKVError(f"{path} cannot be read: {error.strerror}") from None
+        written = path.expanduser().read_bytes()
+    except _PATH_ERRORS as error:
+        raise DepthKVError(f"{_shown(path)} cannot be read: {_why(error)}; give another path") from None
+    try:
+        data = json.loads(written.decode())
     except (ValueError, RecursionError):
-        raise DepthKVError(f"{path} is not JSON: give a file that /save wrote") from None
+        raise DepthKVError(f"{_shown(path)} is not JSON: give a file that /save wrote") from None
     try:
         return check_messages(data)
     except DepthKVError as error:
-        raise DepthKVError(f"{path}: {error}") from None
+        raise DepthKVError(f"{_shown(path)}: {error}") from None
+
+
+def _shown(path: Path) -> str:
+    return str(path) if str(path).isprintable() else ascii(str(path))
+
+
+def _why(error: Exception) -> str:
+    return getattr(error, "strerror", None) or str(error).rstrip(".")

@@ -104,6 +104,8 @@ class Llama(llama_cpp.Llama):
         if len(self.input_ids) < self.n_ctx():
             # the engine rounds a context up, the base class keeps what was asked for
             self.input_ids = np.zeros(self.n_ctx(), np.intc)
+        if kwargs.get("seed") is not None:
+            self.set_seed(kwargs["seed"])  # the base class takes 0 for none
 
     # The base class loads the model and creates the context in one __init__, with no hook between them. It stores the
     # model in `_model` in between, when the context's parameters are already filled in: the one place where they can

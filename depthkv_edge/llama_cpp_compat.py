@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib.util
 import inspect
 import os
 import runpy
@@ -204,9 +205,26 @@ def _parse(kv_budget: str | None, is_module: bool, program: str, arguments: tupl
     if kv_budget is not None:
         configure(kv_budget)
     settings()  # what is wrong with the environment is said before the program starts
-    if not is_module and not Path(program).is_file():
+    if is_module:
+        _check_module(program)
+    elif not Path(program).is_file():
         raise DepthKVError(f"program {program} does not exist: give the path of a Python file, or -m and a module")
     return _Program(program, is_module, arguments)
+
+
+def _check_module(name: str) -> None:
+    try:
+        spec = importlib.util.find_spec(name)  # imports the packages that it is in, as runpy will
+        if spec is not None and spec.submodule_search_locations is not None:
+            name += ".__main__"
+            spec = importlib.util.find_spec(name)
+    except DepthKVError:
+        raise
+    except Exception as error:  # whatever a package may do while it is imported
+        why = f"{type(error).__name__}: {error}"
+        raise DepthKVError(f"module {name} cannot be had ({why}): give one that python -m would run") from None
+    if spec is None:
+        raise DepthKVError(f"module {name} does not exist: give one that python -m would run, or the path of a file")
 
 
 def _run(program: _Program) -> None:

@@ -40,17 +40,10 @@ class RunResult:
     timings: Timings
 
     def to_dict(self) -> dict[str, Any]:
-        layers = [
-            {key: getattr(layer, key) for key in ("layer", "cells", "used", "evicted")} for layer in self.kv.layers
-        ]
+        """The same for JSON."""
         return {
             "text": self.text,
-            "kv": {
-                "budget": self.kv.budget,
-                "bytes": self.kv.bytes,
-                "bytes_full": self.kv.bytes_full,
-                "layers": layers,
-            },
+            "kv": self.kv.summary(),
             "tokens_prompt": self.tokens_prompt,
             "tokens_generated": self.tokens_generated,
             "peak_rss_bytes": self.peak_rss_bytes,

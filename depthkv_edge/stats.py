@@ -71,6 +71,16 @@ class KVStats:
         """The same as plain dicts and lists, for JSON."""
         return asdict(self)
 
+    def summary(self) -> dict[str, Any]:
+        """What `run` and `chat` say of it in JSON: budget, sizes in bytes, and the cells of each layer."""
+        names = ("layer", "cells", "used", "evicted")
+        return {
+            "budget": self.budget,
+            "bytes": self.bytes,
+            "bytes_full": self.bytes_full,
+            "layers": [{name: getattr(layer, name) for name in names} for layer in self.layers],
+        }
+
 
 def read_stats(ctx: Any, budget: float, seq_id: int = 0) -> KVStats:
     """Statistics of a `llama_context`, with the occupancy of one sequence.

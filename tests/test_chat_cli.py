@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -10,13 +11,15 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 
 import pytest
+from conftest import Outcome
 from hypothesis import given
 from hypothesis import strategies as st
 from test_cli_errors import refused
 
-from depthkv_edge.chat_terminal import interruptible, read_message
+from depthkv_edge.chat_terminal import chat, interruptible, read_message
 
 SMALL = ("-c", 512, "--temp", 0, "-n", 12, "--threads", 2)
 
@@ -105,6 +108,12 @@ def test_a_seed_repeats(cli):
     assert first == again != other
 
 
+def test_the_seed_0_repeats_too(cli):
+    arguments = ("chat", "smollm2", "-c", 256, "-n", 16, "--temp", 0.8, "--seed", 0, "--json", "--threads", 2)
+    first, again = (lines(cli(*arguments, stdin="Tell me a story.\n")) for _ in range(2))
+    assert first == again
+
+
 def test_commands(cli, tmp_path):
     path = tmp_path / "chat.json"
     asked = (
@@ -143,11 +152,38 @@ def test_told_once_that_turns_are_forgotten(cli):
         ("/save\n", "/save needs the name of a file"),
         ("/load none.json\n", "none.json cannot be read"),
         ("/save /nonexistent/chat.json\n", "cannot be written"),
+        ("/save ~nosuchuser/chat.json\n", "~nosuchuser/chat.json cannot be written"),
+        ("/load ~nosuchuser/chat.json\n", "~nosuchuser/chat.json cannot be read"),
+        ("/save chat\0.json\n", "cannot be written"),
         ("word " * 600 + "\n", "512 tokens of context"),
     ],
 )
 def test_a_wrong_line_ends_a_script(cli, asked, part):
     assert part in refused(cli("chat", "smollm2", *SMALL, "--json", stdin=asked))
+
+
+@pytest.mark.parametrize("errors", ["strict", "surrogateescape"])
+def test_standard_input_that_is_no_text(smollm2, errors):
+    """Python decodes it one way or the other, depending on the locale."""
+    done = subprocess.run(
+        [sys.executable, "-m", "depthkv_edge", "chat", "smollm2", *map(str, SMALL)],
+        input=b"caf\xe9\n",
+        capture_output=True,
+        env=os.environ | {"PYTHONIOENCODING": f"utf-8:{errors}"},
+        timeout=60,
+    )
+    line = refused(Outcome(done.returncode, done.stdout.decode(), done.stderr.decode()))
+    assert line == "standard input is not UTF-8 text: convert it first"
+
+
+def test_a_line_that_is_no_text_does_not_end_a_chat(monkeypatch, capsys):
+    stdin = io.TextIOWrapper(io.BytesIO(b"caf\xe9\n/help\n"), "utf-8", "surrogateescape")
+    monkeypatch.setattr(stdin, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr(sys, "stdin", stdin)
+    chat(SimpleNamespace(forgotten=False))
+    first, *rest = capsys.readouterr().err.splitlines()
+    assert first == "depthkv-edge: standard input is not UTF-8 text: convert it first"
+    assert any(line.startswith("/quit") for line in rest)
 
 
 @pytest.mark.parametrize(
@@ -162,6 +198,7 @@ def test_a_wrong_line_ends_a_script(cli, asked, part):
         (["--memory", "many"], ["'many'", "512MiB"]),
         (["--memory", "0MiB"], ["less than one byte"]),
         (["--type-k", "q3"], ["q3", "q8_0"]),
+        (["--system", "caf\udce9"], ["--system 'caf\\udce9'", "not UTF-8"]),  # the byte e9
     ],
 )
 def test_arguments(cli, smollm2, arguments, parts):
@@ -239,15 +276,26 @@ def terminal(smollm2) -> Iterator[Callable[..., Terminal]]:
         os.close(each.fd)
 
 
-def test_ctrl_c_stops_the_answer_and_not_the_program(terminal):
-    shell = terminal("-c", 1024, "--temp", 0, "-n", 600, "--threads", 2, "--kv-budget", 0.5)
+STORY = "Write a long story about a river, its bridges, and all the people there."
+
+
+def test_ctrl_c_stops_the_answer_and_not_the_program(terminal, cli, tmp_path):
+    arguments = ("-c", 1024, "--temp", 0, "--threads", 2, "--kv-budget", 0.5)
+    (whole,) = lines(cli("chat", "smollm2", *arguments, "-n", 100, "--json", stdin=f"{STORY}\n"))
+    assert whole["finish"] == "length", "left alone, it is a long answer"
+    shell = terminal(*arguments, "-n", 600)
     assert "50% of the full one; /help" in shell.wait_for("commands")
     shell.wait_for("> ")
-    shell.send("Write a long story about a river, its bridges, and all the people there.\n")
+    shell.send(f"{STORY}\n")
     shell.wait_for("there.\r\n")
     shell.wait_for(" ")  # the first words of the answer
     shell.send("\x03")
     shell.wait_for("\n> ", seconds=10)
+    shell.send(f"/save {tmp_path / 'chat.json'}\n")
+    shell.wait_for("2 messages saved")
+    stopped = json.loads((tmp_path / "chat.json").read_text())["messages"][-1]["content"]
+    assert stopped and whole["text"].startswith(stopped) and len(stopped) < len(whole["text"])
+    shell.wait_for("> ")
     shell.send("Name a colour.\\\n")
     shell.wait_for(". ")
     shell.send("One word.\n")
@@ -260,6 +308,33 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(terminal):
     shell.wait_for("at the front pinned")
     shell.wait_for("> ")
     shell.send("\x04")
+    assert shell.ended() == 0
+
+
+def test_errors_are_shown_and_the_chat_goes_on(terminal, tmp_path):
+    long, unpinned, kept = (tmp_path / f"{name}.json" for name in ("long", "unpinned", "kept"))
+    answer = {"role": "assistant", "content": "No."}
+    long.write_text(json.dumps({"messages": [{"role": "user", "content": "word " * 1200}, answer]}))
+    unpinned.write_text(
+        json.dumps({"system": "word " * 300, "messages": [{"role": "user", "content": "Yes?"}, answer]})
+    )
+    shell = terminal("-c", 1024, "--kv-budget", 0.25, "--temp", 0, "-n", 4, "--threads", 2)
+    for sent, shown in (
+        ("Name a colour.\n", "colour.\r\n"),
+        ("/save ~nosuchuser/chat.json\n", "cannot be written"),
+        (f"/load {long}\n", "longer than the context"),
+        ("/stats\n", "100%, 100%, 100%, 100% of the four quarters"),
+        (f"/load {unpinned}\n", "cannot be pinned"),
+        ("", "has forgotten the conversation: /save FILE and /load FILE bring it back"),
+        (f"/save {kept}\n", "2 messages saved"),
+        (f"/load {kept}\n", "2 messages read"),
+    ):
+        if sent:
+            shell.wait_for("> ")
+        shell.send(sent)
+        shell.wait_for(shown)
+    assert json.loads(kept.read_text())["messages"][0]["content"] == "Name a colour."
+    shell.send("/quit\n")
     assert shell.ended() == 0
 
 

@@ -35,7 +35,8 @@ def compat() -> Iterator[ModuleType]:
     assert saved == (Stock, Stock)
     yield import_module(name)
     llama_cpp.Llama, llama_cpp.llama.Llama = saved
-    del Stock.__new__
+    # not deleted: CPython leaves a slot behind that refuses every argument a constructor is called with
+    Stock.__new__ = staticmethod(lambda cls, *args, **kwargs: object.__new__(cls))
     del sys.modules[name]
 
 
@@ -409,6 +410,27 @@ def test_one_line_and_exit_code_2(arguments, parts):
     assert (outcome.code, outcome.out) == (2, "")
     (line,) = outcome.err.splitlines()
     assert line.startswith("depthkv-edge: ") and all(part in line for part in parts), line
+
+
+def test_a_module_that_cannot_be_run(tmp_path):
+    for name, code in (("failing", "raise OSError('not\\ntoday')"), ("plain", "")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").write_text(code)
+    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    for module, parts in {
+        "no_such_module": ["no_such_module does not exist", "python -m"],
+        "no_such_package.module": ["no_such_package", "python -m"],
+        "plain": ["plain.__main__ does not exist"],
+        "plain.none": ["plain.none does not exist"],
+        "failing": ["OSError: not today"],
+        "failing.module": ["OSError: not today"],
+        "plain..none": ["plain..none"],
+        "": ["python -m"],
+    }.items():
+        outcome = run("-m", module, PYTHONPATH=path)
+        assert (outcome.code, outcome.out) == (2, ""), (module, outcome.err)
+        (line,) = outcome.err.splitlines()
+        assert line.startswith("depthkv-edge: ") and all(part in line for part in parts), line
 
 
 def test_what_is_wrong_with_the_environment_is_said_first(program, tiny):

@@ -46,6 +46,14 @@ def rendered(messages: list[dict[str, str]], system: str = SYSTEM) -> str:
     return text.removesuffix("<|im_end|>\n")
 
 
+def without_blanks(messages: list[dict[str, str]]) -> list[dict[str, str]]:
+    """The same, with what the user has said beginning with a letter."""
+    return [
+        message | {"content": message["content"].lstrip()} if message["role"] == "user" else message
+        for message in messages
+    ]
+
+
 def engine_tokens(conversation: Conversation) -> int:
     """Tokens that the engine has computed since its counters were reset."""
     perf = llama_cpp.llama_perf_context(conversation.llama.ctx)
@@ -96,9 +104,10 @@ def test_rolling_keeps_the_system_prompt_and_whole_turns(begin):
     llama = conversation.llama
     n_system = build_opening(llama, "question", SYSTEM).n_system
     rolls = 0
-    for question in questions(20):
+    # blanks before a message, which are one token with the template's newline, must not take that newline along
+    for question, blanks in zip(questions(20), ["", "", "\n\n", "", "  "] * 4, strict=True):
         free = llama.n_tokens - n_system
-        turn = conversation.say(question)
+        turn = conversation.say(blanks + question)
         assert turn.tokens_evaluated == turn.tokens_new < 80, "the history is not computed again"
         assert llama.n_tokens <= 256
         if turn.tokens_dropped:
@@ -107,7 +116,7 @@ def test_rolling_keeps_the_system_prompt_and_whole_turns(begin):
         text = context(conversation)
         assert text.startswith(HEAD)
         kept = text.count("<|im_start|>user")
-        assert text == rendered(conversation.messages[-2 * kept :])
+        assert text == rendered(without_blanks(conversation.messages[-2 * kept :]))
         for i in range(len(turn.kv.layers)):
             assert llama.kv_positions(i)[:n_system] == list(range(n_system)), "pinned in every layer"
     assert conversation.rolls == rolls >= 3
@@ -135,6 +144,24 @@ def test_an_answer_ends_with_the_context(begin):
     turn = conversation.say(message)
     assert turn.finish == "context" and turn.tokens_generated < 12
     assert conversation.llama.n_tokens == 256
+    assert conversation.say("Name a colour.").tokens_dropped > 0
+
+
+def test_an_answer_that_has_filled_the_context_is_read_again(begin):
+    conversation = begin(n_ctx=256, n_predict=400)
+    message = "Tell me a long story. "
+    while len(build_opening(conversation.llama, message, SYSTEM).tokens) < 246:
+        message += "Tell me more. "
+    assert conversation.say(message).finish == "context"
+    messages = list(conversation.messages)
+    for before in ([], [{"role": "user", "content": "Name a colour."}, {"role": "assistant", "content": "Red."}]):
+        conversation.replay(SYSTEM, before + messages)
+        assert conversation.messages == before + messages and not conversation.forgotten
+        assert conversation.llama.n_tokens == 255, "as much of the answer as fits beside its message"
+        assert rendered(messages).startswith(context(conversation))
+    seen: list[int] = []
+    conversation.replay(SYSTEM, messages, on_prefill=seen.append)
+    assert sum(seen) == conversation.replay_length(SYSTEM, messages) == 255
     assert conversation.say("Name a colour.").tokens_dropped > 0
 
 
@@ -190,6 +217,60 @@ def test_a_stop_in_the_answer_keeps_what_was_said(begin):
     assert context(conversation) == rendered(conversation.messages), "closed by the template's end of turn"
 
 
+def test_an_answer_that_fails_is_kept_as_far_as_it_came(begin, monkeypatch):
+    conversation = begin(n_ctx=1024, n_predict=40)
+    conversation.say("Name a colour.")
+    pieces: list[str] = []
+
+    def on_text(piece: str) -> None:
+        pieces.append(piece)
+        if len(pieces) == 3:
+            raise BrokenPipeError
+
+    with pytest.raises(BrokenPipeError):
+        conversation.say("Tell me about rivers.", on_text=on_text)
+    assert conversation.messages[-1] == {"role": "assistant", "content": "".join(pieces)}
+    assert context(conversation) == rendered(conversation.messages)
+
+    evaluate, calls = conversation.llama.eval, iter(range(100))
+
+    def fail(tokens: list[int]) -> None:
+        if next(calls) == 4:
+            raise RuntimeError("llama_decode returned -3")
+        evaluate(tokens)
+
+    monkeypatch.setattr(conversation.llama, "eval", fail)
+    with pytest.raises(DepthKVError):
+        conversation.say("Tell me about bridges.")
+    monkeypatch.undo()
+    assert conversation.messages[-2]["content"] == "Tell me about bridges." and conversation.messages[-1]["content"]
+    assert context(conversation) == rendered(conversation.messages)
+    conversation.say("Name a city.")
+    assert context(conversation) == rendered(conversation.messages)
+
+
+def test_a_roll_that_fails_leaves_an_empty_context(begin, monkeypatch):
+    conversation = begin(n_ctx=256)
+    conversation._can_shift = False  # what stays is computed again, and that may fail
+    asked = iter(questions(20))
+    conversation.say(next(asked))
+
+    def fail(n: int) -> bool:
+        raise DepthKVError("not today")
+
+    monkeypatch.setattr(conversation, "_pin", fail)
+    with pytest.raises(DepthKVError, match="not today"):
+        for question in asked:
+            conversation.say(question)
+    monkeypatch.undo()
+    assert conversation.forgotten and conversation.llama.n_tokens == 0 and conversation.messages
+    assert conversation.holding().tokens_system == 0
+    known = len(conversation.messages)
+    conversation.say("Name a colour.")
+    assert context(conversation) == rendered(conversation.messages[known:]), "it goes on from the beginning"
+    assert not conversation.forgotten
+
+
 def test_a_message_longer_than_the_context(begin):
     conversation = begin()
     conversation.say("Name a colour.")
@@ -218,7 +299,7 @@ def test_an_empty_message(begin):
 
 def test_a_system_prompt_that_cannot_be_pinned(begin, text):
     conversation = begin(system=text[:1500], n_ctx=1024, kv_budget=0.25)
-    with pytest.raises(DepthKVError, match="system prompt .* cannot be pinned.*raise --kv-budget"):
+    with pytest.raises(DepthKVError, match="system prompt .* cannot be pinned.*raise --kv-budget.*as --system"):
         conversation.say("Who?")
     assert conversation.llama.n_tokens == 0
     conversation.system = SYSTEM
@@ -283,14 +364,24 @@ def test_a_saved_conversation_longer_than_the_context(begin):
     assert conversation.say("Name a colour.").tokens_new < 40
 
 
-def test_a_replay_that_fails_leaves_nothing(begin):
+@pytest.mark.parametrize("how", ["too long", "stopped"])
+def test_a_replay_that_fails_leaves_what_was_said(begin, how):
     conversation = begin()
     conversation.say("Name a colour.")
+    kept, known = list(conversation.messages), context(conversation)
+    assert not conversation.forgotten
     messages = [{"role": "user", "content": "word " * 600}, {"role": "assistant", "content": "No."}]
-    with pytest.raises(DepthKVError, match="longer than the context"):
-        conversation.replay("Other.", messages)
-    assert conversation.messages == [] and conversation.system == SYSTEM
-    assert conversation.say("Name a colour.").tokens_new > 0
+    if how == "too long":
+        with pytest.raises(DepthKVError, match="longer than the context"):
+            conversation.replay("Other.", kept + messages)
+    else:
+        calls = iter([False, True])
+        with pytest.raises(Stopped):
+            conversation.replay("Other.", kept + kept, stop=lambda: next(calls))
+    assert conversation.messages == kept and conversation.system == SYSTEM
+    assert conversation.forgotten and conversation.llama.n_tokens == 0
+    conversation.replay(conversation.system, conversation.messages)
+    assert conversation.messages == kept and context(conversation) == known and not conversation.forgotten
 
 
 @pytest.mark.parametrize(
@@ -305,6 +396,8 @@ def test_a_replay_that_fails_leaves_nothing(begin):
         ('{"messages": [{"role": "user", "content": "a"}]}', "no answer"),
         ('{"messages": [{"role": "user", "content": "a"}, {"role": "user", "content": "b"}]}', "message 1"),
         ('{"messages": [{"role": "user", "content": null}]}', "message 0"),
+        ('{"messages": [], "system": "a\\ud800"}', r'"system" is not Unicode: .\\ud800. at character 1'),
+        ('{"messages": [{"role": "user", "content": "\\udfff"}, {"role": "assistant", "content": "a"}]}', "message 0"),
     ],
 )
 def test_not_a_saved_conversation(tmp_path, written, part):
@@ -312,6 +405,39 @@ def test_not_a_saved_conversation(tmp_path, written, part):
     with pytest.raises(DepthKVError, match=part) as caught:
         read_saved(tmp_path / "chat.json")
     assert "chat.json" in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "part"), [("~nosuchuser/x", "home directory"), ("a\0b", "null byte"), ("none/x", "No such file")]
+)
+def test_a_file_that_cannot_be_had(begin, name, part):
+    conversation = begin()
+    with pytest.raises(DepthKVError, match=f"cannot be written: .*{part}.*; give another path") as written:
+        save(conversation, Path(name))
+    with pytest.raises(DepthKVError, match=f"cannot be read: .*{part}.*; give another path") as read:
+        read_saved(Path(name))
+    for caught in (written, read):
+        assert str(caught.value).isprintable()
+
+
+def test_a_file_in_the_home_directory(begin, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    save(begin(), Path("~/chat.json"))
+    assert read_saved(Path("~/chat.json")) == (SYSTEM, [])
+    assert (tmp_path / "chat.json").is_file()
+
+
+def test_half_a_character_is_no_message(begin):
+    conversation = begin()
+    for system, message in ((SYSTEM, "caf\udce9"), ("\udcff", "Name a colour.")):
+        conversation.system = system
+        with pytest.raises(DepthKVError, match="not UTF-8 text"):
+            conversation.say(message)
+    conversation.system = SYSTEM
+    conversation.say("Name a colour.")
+    with pytest.raises(DepthKVError, match="not UTF-8 text"):
+        conversation.say("caf\udce9")
+    assert context(conversation) == rendered(conversation.messages)
 
 
 ANYTHING = st.recursive(
@@ -342,6 +468,16 @@ def test_a_turn_does_not_depend_on_the_answer(load):
     full = "<|im_end|>\n<|im_start|>user\nName a city.<|im_end|>\n<|im_start|>assistant\n"
     assert llama.detokenize(turn.tokens, special=True).decode() == full
     assert build_turn(llama, "depthkv-answer", SYSTEM).n_system == turn.n_system
+
+
+@pytest.mark.parametrize("blanks", ["", " ", "  ", "\n", "\n\n", "\t", " \n "])
+def test_what_comes_before_a_message_does_not_depend_on_its_blanks(load, blanks):
+    llama = load()
+    for build in (build_opening, build_turn):
+        plain, prompt = build(llama, "hello", SYSTEM), build(llama, f"{blanks}hello", SYSTEM)
+        assert prompt.tokens[: prompt.n_system] == plain.tokens[: plain.n_system]
+        written = b"".join(token_bytes(llama, token) for token in prompt.tokens[prompt.n_system :]).decode()
+        assert written.lstrip().startswith("hello")
 
 
 def test_a_model_without_a_template(load, smollm2, tmp_path, monkeypatch):

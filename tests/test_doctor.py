@@ -50,17 +50,21 @@ def test_the_table_is_what_fit_says(smollm2):
     assert totals[3] == min(totals) and totals[8] == max(totals)
 
 
-def test_what_does_not_fit_is_in_brackets(cli, smollm2, monkeypatch):
+def test_what_does_not_fit_is_in_brackets(smollm2, monkeypatch, capsys):
     import depthkv_edge.doctor as module
-    from depthkv_edge.cli_doctor import table_lines
+    from depthkv_edge.cli_doctor import print_cases
 
     whole = diagnose(smollm2).model.cases
     least, most = whole[3].need.total, whole[8].need.total
     monkeypatch.setattr(module, "free_memory", lambda: (least + most) // 2)
     report = diagnose(smollm2).model
     assert report.cases[3].fits and not report.cases[8].fits
-    header, *rows = table_lines(report)
-    assert header.split()[:5] == ["context", "100%", "60%", "40%", "20%"]
+    monkeypatch.setenv("COLUMNS", "20")
+    print_cases(report)
+    header, *rows = capsys.readouterr().out.splitlines()
+    assert len(rows) == 3, "a row for each context, however narrow the terminal is"
+    assert header.split() == ["context", "100%", "60%", "40%", "20%"]
+    assert {len(row) for row in (header, *rows)} == {len(header)}, "a table"
     assert rows[-1].split()[:2] == ["8192", f"[{report.cases[8].need.total / 2**20:.1f}]"]
     assert rows[0].split()[4] == f"{report.cases[3].need.total / 2**20:.1f}"
 
@@ -71,7 +75,10 @@ def test_as_text(cli):
     rows = {line.split()[0] for line in outcome.out.splitlines() if line.strip()}
     assert rows >= {"depthkv-edge", "llama.cpp", "library", "sha256", "device", "memory", "model", "calibration"}
     assert "none: all layers get the same number of cells" in outcome.out
-    assert "8192" in outcome.out and "100%" in outcome.out
+    title, header, *rows = outcome.out.splitlines()[-5:]
+    assert title == "MiB for everything, by context and KV budget; [does not fit]"
+    assert header.split() == ["context", "100%", "60%", "40%", "20%"]
+    assert [row.split()[0] for row in rows] == ["2048", "4096", "8192"]
 
 
 def test_a_model_that_is_refused(cli, tmp_path):
@@ -79,14 +86,18 @@ def test_a_model_that_is_refused(cli, tmp_path):
     report = cli("doctor", path, "--json").json()["model"]
     assert "'mamba'" in report["refusal"] and "recurrent" in report["refusal"]
     assert all(case["need"] is None and not case["fits"] for case in report["cases"])
-    assert "refused: " in cli("doctor", path).out
+    said = cli("doctor", path).out
+    assert "refused: " in said and "too small" not in said
+    rows = said.splitlines()[-len(report["cases"]) :]
+    assert [row.split() for row in rows] == [[str(case["n_ctx"]), "-"] for case in report["cases"]] != []
 
 
-def test_a_budget_below_the_floor(tmp_path):
+def test_a_budget_below_the_floor(cli, tmp_path):
     path = write_llama(tmp_path / "m.gguf", lambda writer: writer.add_uint32("depthkv.recent_tokens", 200))
     cases = {case.budget: case for case in diagnose(path).model.cases}
     assert cases[0.6].need is not None
     assert cases[0.2].need is None and not cases[0.2].fits, "102 cells, and 200 recent tokens"
+    assert "too small" in cli("doctor", path).out
 
 
 @pytest.mark.parametrize("content", [b"", b"PK\3\4"])

@@ -1,11 +1,12 @@
 """A long scripted chat: is every token computed once, is memory flat, is the system prompt still obeyed at the end?
 
 .venv/bin/python -m benchmarks.chat                                     # 100 turns, 40,000 tokens through 8,192
-.venv/bin/python -m benchmarks.chat --turns 12 -c 512 --message 60 --predict 20
+.venv/bin/python -m benchmarks.chat --turns 10 -c 512 --message 60 --predict 20
 .venv/bin/python -m benchmarks.chat build/results/smollm2.gguf --json   # a calibrated model, one JSON object
 
-Each message is an excerpt of the Python reference and a question about it. The first and the last one ask for what
-only the system prompt says.
+Each message is an excerpt of the Python reference and a question about it. One before them and one after them ask for
+what only the system prompt says. A small model loses sight of it in a long context, whatever its cache: so the last
+question is put to the full cache, too, after the same messages.
 """
 
 from __future__ import annotations
@@ -61,6 +62,7 @@ def scripted_chat(llama: Llama, n_turns: int, message_tokens: int, n_predict: in
     """Run the chat, and say what it took.
 
     Args:
+        n_turns: excerpts; with the two questions it is two turns more.
         message_tokens: length of the excerpt in a message.
         n_predict: most tokens of an answer.
         progress: called after each turn.
@@ -88,14 +90,17 @@ def scripted_chat(llama: Llama, n_turns: int, message_tokens: int, n_predict: in
         )
         progress(len(steps))
     holding, kv = conversation.holding(), llama.kv_stats()
+    peak = peak_rss_bytes()
+    held = conversation.messages_in_context[:-2]
     stranger = Conversation(llama, temperature=0.0, n_predict=n_predict).say(QUESTION).text
-    settled = [step.rss_bytes for step in steps[n_turns // 5 :]]
+    settled = [step.rss_bytes for step in steps[len(steps) // 5 :]]
+    with_full = answer_in_full_cache(llama, held, n_predict)
     return {
         "n_ctx": llama.n_ctx(),
         "budget": kv.budget,
         "kv_bytes": kv.bytes,
         "kv_bytes_full": kv.bytes_full,
-        "turns": n_turns,
+        "turns": len(steps),
         "tokens": holding.tokens,
         "tokens_system": holding.tokens_system,
         "rolls": holding.rolls,
@@ -105,23 +110,35 @@ def scripted_chat(llama: Llama, n_turns: int, message_tokens: int, n_predict: in
         "tokens_evaluated": sum(step.tokens_evaluated for step in steps),
         "engine_tokens": sum(step.engine_tokens for step in steps),
         "rss_spread": max(settled) / min(settled) - 1,
-        "peak_rss_bytes": peak_rss_bytes(),
+        "tokens_context": holding.tokens_context,
+        "peak_rss_bytes": peak,
         "seconds": sum(step.seconds for step in steps),
         "first_answer": answers[0],
         "last_answer": answers[-1],
+        "last_answer_full_cache": with_full,
         "answer_without_system": stranger,
         "obeyed": PASSWORD in answers[0] and PASSWORD in answers[-1] and PASSWORD not in stranger,
+        "full_cache_obeys": PASSWORD in with_full,
         "steps": [asdict(step) for step in steps],
     }
 
 
+def answer_in_full_cache(llama: Llama, messages: list[dict[str, str]], n_predict: int) -> str:
+    """What a full cache of the same context answers to the question, after these messages."""
+    options = {"n_ctx": llama.n_ctx(), "n_threads": llama.n_threads, "n_threads_batch": llama.n_threads_batch}
+    with contextlib.closing(Llama(llama.model_path, kv_budget=1.0, verbose=False, **options)) as full:
+        conversation = Conversation(full, SYSTEM, temperature=0.0, n_predict=n_predict)
+        conversation.replay(SYSTEM, messages)
+        return conversation.say(QUESTION).text
+
+
 def messages(llama: Llama, n: int, n_tokens: int) -> list[str]:
-    """Messages of about so many tokens: the first and the last ask for the password."""
+    """`n` messages of about so many tokens, between two that ask for the password."""
     text = "\n\n".join(topics[name] for name in sorted(topics))
     tokens = llama.tokenize(text[: 8 * n * n_tokens].encode(), add_bos=False)
     excerpts = (tokens[i : i + n_tokens] for i in range(0, n * n_tokens, n_tokens))
     written = [f"{llama.detokenize(part).decode('utf-8', 'ignore').strip()}\n\n{TASK}" for part in excerpts]
-    return [QUESTION, *written[1 : n - 1], QUESTION]
+    return [QUESTION, *written, QUESTION]
 
 
 def engine_tokens(llama: Llama) -> int:
@@ -145,7 +162,8 @@ def print_result(result: dict[str, Any]) -> None:
         ("first", result["first_answer"]),
         ("last", result["last_answer"]),
         ("unasked", result["answer_without_system"]),
-        ("obeyed", str(result["obeyed"])),
+        ("full", f"{result['last_answer_full_cache']} (the full cache, after the same messages)"),
+        ("obeyed", f"{result['obeyed']}, with {result['tokens_context']} tokens; full: {result['full_cache_obeys']}"),
     ]
     for name, text in rows:
         click.echo(f"{name:<10}{' '.join(text.split())}")
@@ -153,7 +171,7 @@ def print_result(result: dict[str, Any]) -> None:
 
 @click.command()
 @click.argument("model", default="smollm2")
-@click.option("--turns", type=click.IntRange(2), default=100, show_default=True)
+@click.option("--turns", type=click.IntRange(1), default=100, show_default=True, help="Excerpts.")
 @click.option("-c", "--ctx", type=click.IntRange(1), default=8192, show_default=True)
 @click.option("--kv-budget", default="0.4", show_default=True)
 @click.option("--message", type=click.IntRange(1), default=300, show_default=True, help="Tokens of an excerpt.")
@@ -168,7 +186,7 @@ def main(
         path, budget = resolve_model(model), parse_budget(kv_budget)
         options: dict[str, Any] = {"kv_budget": budget, "n_ctx": ctx, "n_threads": threads, "n_threads_batch": threads}
         llama = load_with_room(lambda n_sink: Llama(path, n_sink=n_sink, verbose=False, **options), SYSTEM)
-        with contextlib.closing(llama), click.progressbar(length=turns, file=sys.stderr) as bar:
+        with contextlib.closing(llama), click.progressbar(length=turns + 2, file=sys.stderr) as bar:
             result = scripted_chat(llama, turns, message, predict, lambda n: bar.update(1))
     except DepthKVError as error:
         raise click.ClickException(str(error)) from None

@@ -145,6 +145,11 @@ class Conversation:
         return self._rolls
 
     @property
+    def messages_in_context(self) -> list[dict[str, str]]:
+        """Those that have not been dropped by position shift."""
+        return self.messages[len(self.messages) - 2 * len(self._spans) :]
+
+    @property
     def forgotten(self) -> bool:
         """Whether the context is empty though messages have been exchanged: something has failed. `replay` helps."""
         return bool(self.messages) and not self._spans

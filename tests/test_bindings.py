@@ -131,19 +131,6 @@ def test_sizes_in_bytes_and_tokens(load, tmp_path):
     assert load(path, kv_budget="1GiB").kv_stats().bytes == full
 
 
-def test_auto_takes_what_is_free(load, tmp_path, monkeypatch):
-    import depthkv_edge.llama as module
-
-    path = write_llama(tmp_path / "m.gguf")
-    full = load(path).kv_stats().bytes_full
-    monkeypatch.setattr(module, "free_bytes", lambda: 10**9)
-    assert load(path, kv_budget="auto").kv_stats().bytes == full
-    monkeypatch.setattr(module, "free_bytes", lambda: (full * 3 // 4 + path.stat().st_size) * 10 // 9)
-    stats = load(path, kv_budget="auto").kv_stats()
-    assert stats.active
-    assert full // 2 < stats.bytes <= full * 3 // 4 + path.stat().st_size
-
-
 def test_an_error_of_one_load_does_not_leak_into_the_next(smollm2, tmp_path):
     with pytest.raises(DepthKVError, match="floor"):
         Llama(smollm2, kv_budget="1KiB", verbose=False)

@@ -221,11 +221,16 @@ def test_weights_that_are_repacked_count_once(tmp_path):
     assert peak <= memory
 
 
-def test_auto_from_python(load, monkeypatch):
+def test_auto_from_python(load, smollm2, monkeypatch):
     """What the command line chooses, and refuses."""
     plenty = load(n_ctx=2048, kv_budget="auto")
     assert plenty.kv_stats().budget == 1.0
     plenty.close()
+    with measuring(smollm2, Shape(n_batch=64)) as need_of:
+        half = need_of(2048, 0.5, 64).total
+    monkeypatch.setattr(fit, "free_memory", lambda: half)
+    some = load(n_ctx=2048, kv_budget="auto").kv_stats()
+    assert some.active and LOWEST_BUDGET <= some.budget <= 0.6
     monkeypatch.setattr(fit, "free_memory", lambda: 64 * MIB)
     with pytest.raises(DepthKVError, match="too little memory"):
         load(n_ctx=2048, kv_budget="auto")

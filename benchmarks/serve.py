@@ -297,7 +297,8 @@ def main(
     as_json: bool,
 ) -> None:
     """Load a server with conversations, and compare its decode speed with llama-bench."""
-    path, log = resolve_model(model), Path("serve-benchmark.log")
+    path, log = resolve_model(model), ROOT / "build/serve-benchmark.log"
+    log.parent.mkdir(exist_ok=True)
     budget = ["--kv-budget", str(kv_budget)]
     report: dict[str, Any] = {"model": path.name, "kv_budget": kv_budget, "n_ctx": ctx, "threads": threads}
     if pairs:

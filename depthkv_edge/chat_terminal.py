@@ -18,6 +18,7 @@ from rich.table import Table
 from depthkv_edge.conversation import Conversation, Holding, Stopped, Turn, read_saved, save
 from depthkv_edge.errors import DepthKVError
 from depthkv_edge.report import prefill_progress
+from depthkv_edge.units import kv_share
 
 try:
     import readline  # line editing and history for input()
@@ -261,7 +262,7 @@ def holding_rows(holding: Holding) -> list[tuple[str, str]]:
         system = f"{holding.tokens_system} at the front {'pinned' if holding.pinned else 'kept by position shift'}"
     rows = [
         ("tokens", f"{holding.tokens} so far, {holding.tokens_context} in the context, {system}"),
-        ("KV cache", f"{_mib(kv.bytes)} of {_mib(kv.bytes_full)} ({kv.bytes / max(1, kv.bytes_full):.0%})"),
+        ("KV cache", kv_share(kv.bytes, kv.bytes_full)),
     ]
     if holding.rolls:
         often = "once" if holding.rolls == 1 else f"{holding.rolls} times"
@@ -309,7 +310,3 @@ def _put(text: str) -> None:
 
 def _ignore(text: str) -> None:
     pass
-
-
-def _mib(n_bytes: int) -> str:
-    return f"{n_bytes / 2**20:.1f} MiB"

@@ -19,6 +19,7 @@ from depthkv_edge.cli_options import (
 )
 from depthkv_edge.errors import DepthKVError
 from depthkv_edge.models import resolve_model
+from depthkv_edge.units import mib
 
 _UBATCH = 512
 
@@ -91,7 +92,7 @@ def chat(
         conversation = Conversation(llama, system, temperature=temp, n_predict=predict)
         if sys.stdin.isatty():
             kv = llama.kv_stats()
-            share = f"{kv.bytes / 2**20:.1f} MiB of KV cache, {kv.bytes / max(1, kv.bytes_full):.0%} of the full one"
+            share = f"{mib(kv.bytes)} MiB of KV cache, {kv.bytes / max(1, kv.bytes_full):.0%} of the full one"
             tell(f"{path.name}: context of {llama.n_ctx()} tokens, {share}; /help lists the commands")
         run_chat(conversation, as_json=as_json)
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from depthkv_edge.models import resolve_model
+from depthkv_edge.units import mib
 
 if TYPE_CHECKING:
     from depthkv_edge.doctor import Case, Diagnosis, ModelReport
@@ -57,10 +58,10 @@ def fact_rows(diagnosis: Diagnosis) -> list[tuple[str, str]]:
         ("features", diagnosis.system_info),
     ]
     for device in diagnosis.devices:
-        memory = f", {_mib(device.memory_free)} of {_mib(device.memory_total)} MiB free" if device.memory_total else ""
+        memory = f", {mib(device.memory_free)} of {mib(device.memory_total)} MiB free" if device.memory_total else ""
         rows.append(("device", f"{device.backend} {device.name} ({device.type}): {device.description}{memory}"))
-    free = f"{_mib(diagnosis.memory_free)} of {_mib(machine['memory_bytes'])} MiB free"
-    rows.append(("memory", f"{free}; --kv-budget auto would use {_mib(diagnosis.memory_usable)} MiB"))
+    free = f"{mib(diagnosis.memory_free)} of {mib(machine['memory_bytes'])} MiB free"
+    rows.append(("memory", f"{free}; --kv-budget auto would use {mib(diagnosis.memory_usable)} MiB"))
     return rows
 
 
@@ -70,7 +71,7 @@ def model_rows(report: ModelReport) -> list[tuple[str, str]]:
     kind = ", ".join(str(fact) for fact in (facts["architecture"], facts["weights"]) if fact)
     rows = [
         ("model", f"{facts['name']} ({report.path})"),
-        ("weights", f"{_mib(facts['bytes'])} MiB, {kind}, trained for {report.trained_ctx} tokens"),
+        ("weights", f"{mib(facts['bytes'])} MiB, {kind}, trained for {report.trained_ctx} tokens"),
         ("KV budget", f"refused: {report.refusal}" if report.refusal else "defined"),
     ]
     if not report.refusal:
@@ -106,8 +107,4 @@ def print_cases(report: ModelReport) -> None:
 def _cell(case: Case, refusal: str) -> str:
     if case.need is None:
         return "-" if refusal else "too small"
-    return _mib(case.need.total) if case.fits else f"[{_mib(case.need.total)}]"
-
-
-def _mib(n_bytes: int) -> str:
-    return f"{n_bytes / 2**20:.1f}"
+    return mib(case.need.total) if case.fits else f"[{mib(case.need.total)}]"

@@ -10,6 +10,7 @@ import click
 from depthkv_edge.budget import FORMS, parse_budget
 from depthkv_edge.cli_options import MEMORY_HELP, parse_memory
 from depthkv_edge.models import resolve_model
+from depthkv_edge.units import kv_share
 
 if TYPE_CHECKING:
     from depthkv_edge.serve import Launch
@@ -90,11 +91,10 @@ def serve(
 def summary_rows(launch: Launch) -> list[tuple[str, str]]:
     """What is said before the server starts: a name, and what is to be said about it."""
     cache = launch.cache
-    share = cache.bytes / max(1, cache.bytes_full)
     rows = [
         *cache.rows,
         ("address", launch.address),
-        ("KV cache", f"{_mib(cache.bytes)} of {_mib(cache.bytes_full)} ({share:.0%})"),
+        ("KV cache", kv_share(cache.bytes, cache.bytes_full)),
     ]
     each = f" for each of {cache.n_seq} conversations" if cache.n_seq > 1 else ""
     if not cache.rows or cache.n_ctx_seq < cache.n_ctx:
@@ -103,7 +103,3 @@ def summary_rows(launch: Launch) -> list[tuple[str, str]]:
     if cache.active:
         rows.append(("held", f"{cache.cells} tokens in a layer on average{each}"))
     return rows
-
-
-def _mib(n_bytes: int) -> str:
-    return f"{n_bytes / 2**20:.1f} MiB"

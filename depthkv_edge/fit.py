@@ -23,6 +23,7 @@ from depthkv_edge.errors import DepthKVError
 from depthkv_edge.llama import default_flash_attn, file_budget, full_cache, load_without_weights
 from depthkv_edge.memory import free_bytes, rss_bytes
 from depthkv_edge.stats import read_stats
+from depthkv_edge.units import mib
 
 _api = llama_cpp.llama_cpp
 
@@ -296,7 +297,7 @@ class _Search:
         if self.budget is not None and not isinstance(self.budget, Auto):
             share = self.origin
         rows = [
-            ("memory", f"{_mib(need.total)} of {_mib(self.memory)} MiB: {_parts(need)}"),
+            ("memory", f"{mib(need.total)} of {mib(self.memory)} MiB: {_parts(need)}"),
             ("context", f"{n_ctx} tokens, {context}"),
             ("budget", f"{budget:.3g} of the full KV cache, {share}"),
         ]
@@ -306,18 +307,18 @@ class _Search:
 
     def _far_too_little(self, n_ctx: int, budget: float, n_bytes: int) -> str:
         return (
-            f"{_mib(self.memory)} MiB is too little memory for {self.path.name} at a context of {n_ctx} tokens: K and "
-            f"V alone take {_mib(n_bytes)} MiB with a budget of {budget:.3g}; give more, or a smaller context"
+            f"{mib(self.memory)} MiB is too little memory for {self.path.name} at a context of {n_ctx} tokens: K and "
+            f"V alone take {mib(n_bytes)} MiB with a budget of {budget:.3g}; give more, or a smaller context"
         )
 
     def _too_little(self, n_ctx: int, budget: float, n_ubatch: int, need: Need) -> str:
-        mib = -(-need.total // 2**20)
-        ways = f"give {mib}MiB or more"
+        least = f"{-(-need.total // 2**20)}MiB"
+        ways = f"give {least} or more"
         if self.n_ctx:
             ways += ", or a smaller context"
         return (
-            f"{_mib(self.memory)} MiB is too little memory for {self.path.name} at a context of {n_ctx} tokens: the "
-            f"least that would do is {mib}MiB, with a budget of {budget:.3g} and a ubatch of {n_ubatch} ({_parts(need)}"
+            f"{mib(self.memory)} MiB is too little memory for {self.path.name} at a context of {n_ctx} tokens: the "
+            f"least that would do is {least}, with a budget of {budget:.3g} and a ubatch of {n_ubatch} ({_parts(need)}"
             f" MiB); {ways}"
         )
 
@@ -383,8 +384,4 @@ def _context(model: Any, shape: Shape, n_ctx: int, budget: float, n_ubatch: int)
 
 def _parts(need: Need) -> str:
     names = {"kv": "KV cache", "scorer": "eviction"}
-    return ", ".join(f"{names.get(name, name)} {_mib(n_bytes)}" for name, n_bytes in asdict(need).items())
-
-
-def _mib(n_bytes: int) -> str:
-    return f"{n_bytes / 2**20:.1f}"
+    return ", ".join(f"{names.get(name, name)} {mib(n_bytes)}" for name, n_bytes in asdict(need).items())

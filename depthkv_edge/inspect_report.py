@@ -11,6 +11,7 @@ from rich.text import Text
 
 from depthkv_edge.calibration import CHECK_BUDGET, Calibration
 from depthkv_edge.inspect import Inspection
+from depthkv_edge.units import kv_share
 
 _BAR_WIDTH = 12
 
@@ -36,7 +37,7 @@ def fact_rows(inspection: Inspection) -> list[tuple[str, str]]:
         rows.append(("budget", "none, the full cache: give one with --kv-budget"))
     share = inspection.cells / max(1, inspection.cells_full)
     rows.append(("KV cells", f"{inspection.cells} of {inspection.cells_full} ({share:.0%})"))
-    rows.append(("KV cache", f"{_mib(kv.bytes)} of {_mib(kv.bytes_full)} ({kv.bytes / max(1, kv.bytes_full):.0%})"))
+    rows.append(("KV cache", kv_share(kv.bytes, kv.bytes_full)))
     return rows
 
 
@@ -101,7 +102,3 @@ def _sensitivity(calibration: Calibration, row: int | None) -> tuple[str, str]:
         return "-", "-"
     curve, error = calibration.sensitivity[row], calibration.sensitivity_se[row]
     return f"{curve[0]:.5f} ± {error[0]:.5f}", f"{curve.mean():.5f}"
-
-
-def _mib(n_bytes: int) -> str:
-    return f"{n_bytes / 2**20:.1f} MiB"

@@ -12,6 +12,7 @@ from rich.table import Table
 
 from depthkv_edge.run import RunResult
 from depthkv_edge.stats import KVStats
+from depthkv_edge.units import kv_share, mib
 
 
 @contextlib.contextmanager
@@ -53,8 +54,8 @@ def summary_rows(result: RunResult) -> list[tuple[str, str]]:
     held = sum(layer.used for layer in kv.layers) / len(kv.layers) if kv.layers else seen
     rows = [
         ("tokens", f"{seen} seen, {held:.0f} held on average over the layers"),
-        ("KV cache", f"{_mib(kv.bytes)} of {_mib(kv.bytes_full)} ({kv.bytes / max(1, kv.bytes_full):.0%})"),
-        ("memory", f"{_mib(result.peak_rss_bytes)} at the peak of the process"),
+        ("KV cache", kv_share(kv.bytes, kv.bytes_full)),
+        ("memory", f"{mib(result.peak_rss_bytes)} MiB at the peak of the process"),
         ("speed", f"prefill {_rate(result.timings.prefill_tps)}, decode {_rate(result.timings.decode_tps)}"),
     ]
     if kv.active:
@@ -71,10 +72,6 @@ def _layers(kv: KVStats) -> str:
     if kv.calibrated != kv.scorer:
         text += f"; calibrated with scorer {kv.calibrated}, not {kv.scorer}: expect less of it"
     return text
-
-
-def _mib(n_bytes: int) -> str:
-    return f"{n_bytes / 2**20:.1f} MiB"
 
 
 def _rate(per_second: float | None) -> str:

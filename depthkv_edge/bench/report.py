@@ -15,6 +15,7 @@ from depthkv_edge.bench.plan import DEPTHS
 from depthkv_edge.bench.process import NO_BUDGET, STOCK
 from depthkv_edge.bench.result import BenchResult, PairRatio, Row
 from depthkv_edge.bench.speed import Speed
+from depthkv_edge.units import mib
 
 
 @contextlib.contextmanager
@@ -102,11 +103,11 @@ def _sizes(rows: tuple[Row, ...]) -> Table:
     for row in rows:
         table.add_row(
             row.configuration.label,
-            _mib(row.kv_bytes),
+            mib(row.kv_bytes),
             f"{row.kv_share:.1%}",
-            _mib(row.facts.compute_bytes),
-            _mib(row.facts.scorer_bytes) if row.facts.scorer_bytes else "-",
-            _mib(row.facts.peak_rss_bytes),
+            mib(row.facts.compute_bytes),
+            mib(row.facts.scorer_bytes) if row.facts.scorer_bytes else "-",
+            mib(row.facts.peak_rss_bytes),
             f"{row.evict_share:.1%}" if row.configuration.budget is not None else "-",
         )
     return table
@@ -149,10 +150,6 @@ def _table(first: str, *columns: str) -> Table:
 
 def _ratio(ratio: PairRatio) -> str:
     return f"{ratio.ratio:.3f}x (95 % between {ratio.interval[0]:.3f} and {ratio.interval[1]:.3f})"
-
-
-def _mib(n_bytes: int) -> str:
-    return f"{n_bytes / 2**20:.1f}"
 
 
 def _minutes(seconds: float) -> str:

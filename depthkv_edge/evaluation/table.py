@@ -9,6 +9,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from depthkv_edge.units import mib
+
 Row = dict[str, Any]
 
 _MIN_WIDTH = 120  # of a table that is not read on a terminal
@@ -50,7 +52,7 @@ def _held(rows: list[Row]) -> Table:
         held = kv.get("held")
         table.add_row(
             row["label"],
-            f"{kv['bytes'] / 2**20:.1f}",
+            mib(kv["bytes"]),
             f"{kv['share']:.2f}",
             f"{held['mean']:.0f} ({held['min']}-{held['max']})" if held else "",
             _kl(metrics.get("kl")),

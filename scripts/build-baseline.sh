@@ -11,8 +11,17 @@ export PATH
 if [ -z "${CC-}${CXX-}" ] && command -v cc > /dev/null && command -v c++ > /dev/null; then
     export CC=cc CXX=c++ # as setup.sh does: the same compiler for both builds
 fi
-cmake -S . -B "$dir" -G Ninja -DCMAKE_BUILD_TYPE=Release -DDEPTHKV_BASELINE=ON -DDEPTHKV_BUILD_TOOLS=ON \
-    -DPython_EXECUTABLE="$PWD/.venv/bin/python" ${CMAKE_ARGS-} >&2
-cmake --build "$dir" --target depthkv-libraries depthkv-tools >&2
+mkdir -p "$dir"
+log=$dir/build.log
+echo "Building llama.cpp without patches (some minutes the first time; progress in $log)" >&2
+{
+    cmake -S . -B "$dir" -G Ninja -DCMAKE_BUILD_TYPE=Release -DDEPTHKV_BASELINE=ON -DDEPTHKV_BUILD_TOOLS=ON \
+        -DPython_EXECUTABLE="$PWD/.venv/bin/python" ${CMAKE_ARGS-} &&
+        cmake --build "$dir" --target depthkv-libraries depthkv-tools
+} > "$log" 2>&1 || {
+    tail -n 40 "$log" >&2
+    echo "build-baseline: the build failed, see above (everything: $log)" >&2
+    exit 1
+}
 cd "$dir/bin"
 pwd

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from typing import Any
 
@@ -82,3 +83,19 @@ def test_gemma_in_readme():
     depth, uniform, q8_0 = "depth 0.4", "uniform 0.4", "kv-q8_0"
     assert f"leaves {share[depth]} of the bytes (divergence {kl[depth]} calibrated, {kl[uniform]} with equal" in text
     assert f"({share[q8_0]}, {kl[q8_0]})" in text
+
+
+def test_sentences_in_readme():
+    """What running text says of the tables."""
+    text = " ".join((ROOT / "README.md").read_text().split())
+    metrics = {row["label"]: row["metrics"] for row in report("smollm2")["rows"]}
+    keys = {label: metric["multikey"]["log_prob"] for label, metric in metrics.items()}
+    assert "40 % costs running text about as much again" in text and "makes a hidden key a third as likely" in text
+    assert metrics["depth 0.4"]["kl"]["mean"] == pytest.approx(2 * metrics["noise"]["kl"]["mean"], rel=0.1)
+    assert math.exp(keys["depth 0.4"] - keys["full"]) == pytest.approx(1 / 3, abs=0.03)
+    assert "equal layers of that size make it two hundred times less likely" in text
+    assert math.exp(keys["full"] - keys["uniform 0.4"]) == pytest.approx(200, rel=0.1)
+    assert f"prefilled at {metrics['depth 0.4']['prefill']['ratio']:.2f}x with a calibrated 0.4" in text
+    baseline = report("speed")["baseline"]
+    assert "speed is within a percent" in text and baseline["identical_logits"]
+    assert all(baseline[name]["ratio"] == pytest.approx(1, abs=0.01) for name in ("prefill", "decode"))

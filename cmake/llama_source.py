@@ -1,9 +1,9 @@
 """Fetch, verify, unpack and patch the pinned llama.cpp tree. Standard library only: any Python >= 3.9 can run it.
 
     llama_source.py fetch   --lock FILE --cache DIR                     prints the path of the verified archive
-    llama_source.py prepare --lock FILE --cache DIR --out DIR [--sdist FILE | --tree DIR] [--patches DIR]
+    llama_source.py prepare --lock FILE --cache DIR --out DIR [--sdist FILE | --tree DIR] [--patches DIR]...
 
-`prepare` writes only files whose content changes, so that a new patch set rebuilds what it touches and nothing else.
+`prepare` applies the patches of each directory in turn, and writes only files whose content changes, so that a new patch set rebuilds what it touches and nothing else.
 Every failure is one line on stderr and exit code 1.
 
 Patches are applied here rather than by git or patch: neither is certain to be installed, and git silently skips files
@@ -207,8 +207,8 @@ def write(file, content, executable):
         file.chmod(0o755 if executable else 0o644)
 
 
-def prepare(lock, cache, out, sdist=None, local=None, patch_dir=None):
-    patches = sorted(patch_dir.glob("*.patch")) if patch_dir else []
+def prepare(lock, cache, out, sdist=None, local=None, patch_dirs=()):
+    patches = [p for patch_dir in patch_dirs for p in sorted(patch_dir.glob("*.patch"))]
     # What the result depends on; a local tree may change at any time and is compared file by file instead.
     state = [lock["sha256"], Path(__file__).read_text()] + [f"{p.name}: {sha256(p)}" for p in patches]
     stamp, state = out.with_name(out.name + ".stamp"), hashlib.sha256("\n".join(state).encode()).hexdigest()
@@ -259,7 +259,7 @@ def main():
     parser.add_argument("--out", type=Path)
     parser.add_argument("--sdist", type=Path)
     parser.add_argument("--tree", type=Path)
-    parser.add_argument("--patches", type=Path)
+    parser.add_argument("--patches", type=Path, action="append", default=[])
     args = parser.parse_args()
     try:
         lock = json.loads(args.lock.read_text())

@@ -4,11 +4,24 @@
 #include "llama-impl.h"
 #include "llama-kv-cache-depth.h"
 
+#include <algorithm>
 #include <cmath>
 
 // up to this many tokens the masks of all layers are small enough to come from the host
 // a decode step is not slowed down by building them
 static constexpr uint32_t n_tokens_mask_host = 8;
+
+// attention over many tokens is built in up to so many slices of KV heads
+static constexpr int64_t n_slices_max = 8;
+
+// nodes and inputs of build_attn() for one layer: 7 for each slice and 2 for all of them, up to 6 for the mask, 12 to store K and V,
+// 5 for the sampled queries, 4 rotations of 4 and the views of K and V. llama_context::graph_max_nodes() has counted on
+// what stock builds instead, which is left as headroom
+static constexpr uint32_t n_nodes_layer = 7*n_slices_max + 48;
+
+uint32_t llm_graph_kv_depth_n_nodes(const llama_hparams & hparams) {
+    return n_nodes_layer*hparams.n_layer_all;
+}
 
 // the position of an empty cell relative to the ubatch: no token reaches it
 static constexpr float pos_kv_empty = 1e9f;
@@ -218,7 +231,8 @@ ggml_tensor * llm_graph_input_kv_depth::build_attn_tok(
     return ggml_reshape_2d(ctx0, cur, cur->ne[0]*n_head, n_stream);
 }
 
-// the same for many tokens, a KV head at a time: the scores of all heads at once are the largest tensor of the graph by far
+// the same for many tokens, a slice of the KV heads at a time: the scores of all heads at once are the largest tensor of the
+// graph by far. a slice is one KV head, or more where a model has so many that the graph would grow with them
 ggml_tensor * llm_graph_input_kv_depth::build_attn_heads(
         const llm_graph_context & graph,
         ggml_tensor * q,
@@ -232,12 +246,16 @@ ggml_tensor * llm_graph_input_kv_depth::build_attn_heads(
     const int64_t n_head_kv = k->ne[1];
     const int64_t n_gqa     = n_head/n_head_kv;
 
+    const int64_t n_slice   = (n_head_kv + n_slices_max - 1)/n_slices_max;
+
     ggml_tensor * cur = nullptr; // [n_embd_head_v, n_tps, n_head, n_stream]
 
-    for (int64_t h = 0; h < n_head_kv; ++h) {
-        ggml_tensor * qh = ggml_view_4d(ctx0, q, q->ne[0], n_tps, n_gqa, n_stream, q->nb[2], q->nb[1], q->nb[2]*n_tps, h*n_gqa*q->nb[1]);
-        ggml_tensor * kh = ggml_view_4d(ctx0, k, k->ne[0], k->ne[2], 1, n_stream, k->nb[2], k->nb[3], k->nb[3], h*k->nb[1]);
-        ggml_tensor * vh = ggml_view_4d(ctx0, v, v->ne[0], v->ne[2], 1, n_stream, v->nb[2], v->nb[3], v->nb[3], h*v->nb[1]);
+    for (int64_t h = 0; h < n_head_kv; h += n_slice) {
+        const int64_t n = std::min(n_slice, n_head_kv - h);
+
+        ggml_tensor * qh = ggml_view_4d(ctx0, q, q->ne[0], n_tps, n*n_gqa, n_stream, q->nb[2], q->nb[1], q->nb[2]*n_tps, h*n_gqa*q->nb[1]);
+        ggml_tensor * kh = ggml_view_4d(ctx0, k, k->ne[0], k->ne[2], n, n_stream, k->nb[2], k->nb[1], k->nb[3], h*k->nb[1]);
+        ggml_tensor * vh = ggml_view_4d(ctx0, v, v->ne[0], v->ne[2], n, n_stream, v->nb[2], v->nb[1], v->nb[3], h*v->nb[1]);
 
         ggml_tensor * kq = ggml_mul_mat(ctx0, kh, qh);
 

@@ -89,6 +89,9 @@ private:
     ggml_tensor * build_rot(const llm_graph_context & graph, ggml_tensor * cur, uint32_t n_rot);
 };
 
+// what the attention over a cache with a capacity for each layer adds to the graph, an upper bound
+uint32_t llm_graph_kv_depth_n_nodes(const llama_hparams & hparams);
+
 // the inputs of a model with SWA layers: theirs are those of upstream, the other layers are in a llm_graph_input_kv_depth
 class llm_graph_input_attn_kv_iswa_depth : public llm_graph_input_attn_kv_iswa {
 public:

@@ -54,14 +54,16 @@ if(NOT DEPTHKV_BASELINE)
         if(NOT MSVC)
             target_compile_options(${test} PRIVATE -UNDEBUG) # assert() in a release build
         endif()
-        if(test MATCHES "^test-depth-") # these read the tiny models
+        add_dependencies(depthkv-native-tests ${test})
+        if(NOT test MATCHES "^test-") # programs of the Python tests
+            continue()
+        elseif(test MATCHES "^test-depth-") # these read the tiny models
             add_test(NAME native/${test} COMMAND ${test} "${test_models}")
             set_tests_properties(native/${test} PROPERTIES FIXTURES_REQUIRED test-models)
         else()
             add_test(NAME native/${test} COMMAND ${test})
         endif()
         set_tests_properties(native/${test} PROPERTIES LABELS native TIMEOUT 1200)
-        add_dependencies(depthkv-native-tests ${test})
     endforeach()
 endif()
 

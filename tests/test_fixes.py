@@ -21,7 +21,12 @@ PROGRAM = """
 {code}
 extern "C" unsigned char seen[64];
 unsigned char seen[64];
-__attribute__((noinline)) void init(int n) {{ for (int i = 0; i < n; ++i) {{ ggml_tile_config_init(); _tile_zero(4); }} }}
+__attribute__((noinline)) void init(int n) {{
+    for (int i = 0; i < n; ++i) {{
+        ggml_tile_config_init();
+        _tile_zero(4);
+    }}
+}}
 int main() {{ init(1); fwrite(seen, 1, sizeof(seen), stdout); }}
 """
 
@@ -34,9 +39,7 @@ def definition(source: str, start: str) -> str:
 def copying(match: re.Match) -> str:
     """What `ldtilecfg address` would read, copied to `seen`: runs on processors without AMX."""
     offset, register = int(match[1] or 0), match[2]
-    moves = [
-        f"movups {offset + i}({register}), %xmm15\n\tmovups %xmm15, {f'seen+{i}'}(%rip)" for i in range(0, 64, 16)
-    ]
+    moves = [f"movups {offset + i}({register}), %xmm15\n\tmovups %xmm15, {f'seen+{i}'}(%rip)" for i in range(0, 64, 16)]
     return "\t" + "\n\t".join(moves)
 
 

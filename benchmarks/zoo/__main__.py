@@ -1,0 +1,51 @@
+"""Tries every shape and writes docs/support.md. Needs scripts/setup.sh --test.
+
+.venv/bin/python -m benchmarks.zoo                   # everything
+.venv/bin/python -m benchmarks.zoo 'Llama 3.2 1B'    # one shape, and writes nothing
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import click
+
+from benchmarks.zoo.check import check_shape
+from benchmarks.zoo.page import PAGE, render, row
+from benchmarks.zoo.shapes import SHAPES
+from benchmarks.zoo.write import PROGRAMS
+
+
+def refused(directory: Path) -> list[tuple[str, str]]:
+    """Architectures that have no budget, and why, from the tiny models of upstream's test-llama-archs."""
+    subprocess.run([PROGRAMS / "test-llama-archs", "-o", f"{directory}/"], check=True, capture_output=True)
+    done = subprocess.run([PROGRAMS / "test-depth-archs", directory], check=True, capture_output=True, text=True)
+    return sorted(set(re.findall(r"refused: .* architecture '(.+?)': (.+)$", done.stdout, re.MULTILINE)))
+
+
+@click.command()
+@click.argument("names", nargs=-1)
+def main(names: tuple[str, ...]) -> None:
+    """Try the shapes with these names, or all."""
+    shapes = [shape for shape in SHAPES if not names or shape.name in names]
+    if unknown := set(names) - {shape.name for shape in shapes}:
+        raise click.UsageError(f"no shape is called {', '.join(sorted(unknown))}")
+    rows, failed = [], []
+    with tempfile.TemporaryDirectory() as directory:
+        with click.progressbar(shapes, label="models", file=sys.stderr) as progress:
+            for shape in progress:
+                check = check_shape(shape, Path(directory))
+                rows.append(row(check))
+                failed += [f"{shape.name}: {line}" for line in check.failed]
+        if failed:
+            sys.exit("\n".join(failed))
+        if not names:
+            PAGE.write_text(render(rows, refused(Path(directory))))
+
+
+if __name__ == "__main__":
+    main()

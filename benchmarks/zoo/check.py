@@ -1,0 +1,91 @@
+"""What of a shape works: contexts of all its layers, what a chat does on a few of them, commands that read a file."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks.zoo.shapes import Shape
+from benchmarks.zoo.write import PROGRAMS, write_model
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One combination of attention and types.
+
+    Attributes:
+        flash_attn: "auto", "disabled" or "enabled".
+        type_k: of the K cache, as ggml names it.
+        type_v: of the V cache.
+        shifted: whether the context could shift.
+        result: "ok", or what went wrong.
+    """
+
+    flash_attn: str
+    type_k: str
+    type_v: str
+    shifted: bool
+    result: str
+
+
+@dataclass(frozen=True)
+class Check:
+    """What became of a shape.
+
+    Attributes:
+        created: contexts of all layers, without weights.
+        ran: what a chat does on `shape.n_layers_run` layers, see native/tests/depth-zoo-run.cpp.
+        doctor: what `depthkv-edge doctor` refuses; empty if nothing.
+        n_layers_budget: layers whose cells grow with the context, from `depthkv-edge inspect`.
+    """
+
+    shape: Shape
+    created: list[Attempt]
+    ran: list[Attempt]
+    doctor: str
+    n_layers_budget: int
+
+    @property
+    def failed(self) -> list[str]:
+        """What went wrong, a line each."""
+        lines = [f"doctor: {self.doctor}"] if self.doctor else []
+        for what, attempts in (("create", self.created), ("run", self.ran)):
+            lines += [f"{what}: {attempt}" for attempt in attempts if attempt.result != "ok"]
+        return lines
+
+
+def check_shape(shape: Shape, directory: Path) -> Check:
+    """Write a shape and try everything on it. Files are removed again.
+
+    Raises:
+        RuntimeError: a program ended without saying what was wrong.
+        subprocess.CalledProcessError: a file could not be written.
+    """
+    whole = write_model(directory / "whole.gguf", shape)
+    created = _attempts(whole, "--create")
+    doctor = _command("doctor", str(whole))["model"]["refusal"]
+    inspection = _command("inspect", str(whole), "--kv-budget", "0.4", "-c", "4096")
+    whole.unlink()
+    part = write_model(directory / "part.gguf", shape, n_layers=min(shape.n_layers, shape.n_layers_run))
+    ran = _attempts(part)
+    part.unlink()
+    return Check(shape, created, ran, doctor, len(inspection["kv"]["layers"]))
+
+
+def _attempts(model: Path, *options: str) -> list[Attempt]:
+    done = subprocess.run([PROGRAMS / "depth-zoo-run", model, *options], capture_output=True, text=True)
+    rows = [line.split("\t") for line in done.stdout.splitlines()]
+    if done.returncode not in (0, 1) or not rows or any(len(row) != 5 for row in rows):
+        raise RuntimeError(f"depth-zoo-run {model.name} ended with {done.returncode}: {done.stdout}{done.stderr}")
+    return [Attempt(fa, k, v, shifted == "1", result) for fa, k, v, shifted, result in rows]
+
+
+def _command(*arguments: str) -> dict:
+    command = [sys.executable, "-m", "depthkv_edge", *arguments, "--json"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{arguments[0]} ended with {done.returncode}: {done.stderr}")
+    return json.loads(done.stdout)

@@ -1,4 +1,4 @@
-"""Without a budget the engine is the unpatched llama.cpp to the last bit, also where eviction would have changed it."""
+"""Without a budget the engine is the unpatched llama.cpp to the last bit, whatever the attention, the types of K and V, and the order of calls."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ for configuration in configurations:
     digest = hashlib.sha256()
 
     def decode(part):
-        batch = llama_cpp.llama_batch_get_one((llama_cpp.llama_token * len(part))(*part), len(part))
-        assert llama_cpp.llama_decode(ctx, batch) == 0
+        array = (llama_cpp.llama_token * len(part))(*part)  # the batch does not keep it alive
+        assert llama_cpp.llama_decode(ctx, llama_cpp.llama_batch_get_one(array, len(part))) == 0
         logits = llama_cpp.llama_get_logits_ith(ctx, -1)
         digest.update(ctypes.string_at(logits, 4 * n_vocab))
 

@@ -80,7 +80,8 @@ if [ -n "$with_tests" ]; then
 fi
 # Tools, once configured, stay: switching back and forth would throw their objects away.
 [ -f build/engine/CMakeCache.txt ] && grep -q '^DEPTHKV_BUILD_TOOLS:.*=ON$' build/engine/CMakeCache.txt && tools=ON
-if ! pip install -v --no-build-isolation --no-deps -C cmake.define.DEPTHKV_BUILD_TOOLS=$tools -e . > "$log" 2>&1; then
+export SKBUILD_CMAKE_DEFINE=DEPTHKV_BUILD_TOOLS=$tools # Debian 12's pip knows no short form of --config-settings, Ubuntu 22.04's none
+if ! pip install -v --no-build-isolation --no-deps -e . > "$log" 2>&1; then
     # Our own CMake file says in one line what is wrong; anything else needs its context.
     reason=$(sed -n '/CMake Error at CMakeLists.txt/ { n; s/^ *//p; q; }' "$log")
     [ -n "$reason" ] || { tail -n 40 "$log" >&2; reason="the build failed, see above"; }

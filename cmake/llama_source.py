@@ -3,8 +3,8 @@
     llama_source.py fetch   --lock FILE --cache DIR                     prints the path of the verified archive
     llama_source.py prepare --lock FILE --cache DIR --out DIR [--sdist FILE | --tree DIR] [--patches DIR]...
 
-`prepare` applies the patches of each directory in turn, and writes only files whose content changes, so that a new patch set rebuilds what it touches and nothing else.
-Every failure is one line on stderr and exit code 1.
+`prepare` applies the patches of each directory in turn, and writes only files whose content changes, so that a new
+patch set rebuilds what it touches and nothing else. Every failure is one line on stderr and exit code 1.
 
 Patches are applied here rather than by git or patch: neither is certain to be installed, and git silently skips files
 when the target lies inside another repository, as a build directory usually does. Context must match exactly (no fuzz);

@@ -1,4 +1,4 @@
-"""Without a budget the engine is the unpatched llama.cpp to the last bit, whatever the attention, the types of K and V, and the order of calls."""
+"""Without a budget the engine is the unpatched llama.cpp to the last bit, whatever attention, types and call order."""
 
 from __future__ import annotations
 

@@ -41,9 +41,24 @@ static T llama_depthkv_try(T on_error, const F & fn) {
     return on_error;
 }
 
-static void llama_depthkv_check_ptr(const void * ptr) {
+static void llama_depthkv_check_ptr(const void * ptr, const char * what = "model or context") {
     if (!ptr) {
-        throw std::runtime_error("model or context is NULL");
+        throw std::runtime_error(format("%s is NULL", what));
+    }
+}
+
+static void llama_depthkv_check_seq(const llama_context * ctx, llama_seq_id seq_id) {
+    const uint32_t n_seq_max = ctx->get_cparams().n_seq_max;
+
+    if (seq_id < 0 || (uint32_t) seq_id >= n_seq_max) {
+        throw std::runtime_error(format("sequence %d is out of range: the context has %u", seq_id, n_seq_max));
+    }
+}
+
+// i: index in the order of llama_depthkv_layer_id()
+static void llama_depthkv_check_layer(int32_t i, size_t n_layers) {
+    if (i < 0 || (size_t) i >= n_layers) {
+        throw std::runtime_error(format("layer index %d is out of range: %zu layers have KV cells of their own", i, n_layers));
     }
 }
 
@@ -128,7 +143,9 @@ int32_t llama_depthkv_layer_count(const llama_model * model) {
 int32_t llama_depthkv_layer_id(const llama_model * model, int32_t i) {
     return llama_depthkv_try(-1, [&]() {
         llama_depthkv_check_ptr(model);
-        return llama_kv_depth_layers(*model).at(i);
+        const auto ids = llama_kv_depth_layers(*model);
+        llama_depthkv_check_layer(i, ids.size());
+        return ids[i];
     });
 }
 
@@ -193,38 +210,10 @@ static size_t llama_depthkv_bytes_work(const llama_context * ctx) {
     return res;
 }
 
-// what llama_kv_cache_depth::compute_attn() and ::update() will allocate when they first run
-static size_t llama_depthkv_bytes_sched(const llama_model & model, const llama_kv_cache_depth & kv) {
-    const auto & hparams = model.hparams;
-
-    size_t res = 0;
-
-    for (const auto & layer : kv.get_layers()) {
-        const size_t n_cells = layer.n_cells;
-        const size_t n_head  = hparams.n_head(layer.il);
-        const size_t n_query = llama_kv_cache_depth::n_query;
-
-        if (layer.q) {
-            // scores and mask of the sampled queries, the values of one head and their norms, the queries
-            const size_t n_row = n_query*(n_head + 1) + hparams.n_embd_head_v(layer.il) + 2*hparams.n_head_kv(layer.il);
-
-            res = std::max(res, sizeof(float)*(n_cells*n_row + 2*n_query*n_head*hparams.n_embd_head_k(layer.il)));
-        }
-
-        // keys, rotated back before the shift and again after it if they are stored so
-        if (kv.get_can_shift()) {
-            const size_t n_copies = layer.n_rot_k ? 2 : 1;
-
-            res = std::max(res, sizeof(float)*n_cells*kv.get_n_stream()*(n_copies*hparams.n_embd_k_gqa(layer.il) + 1));
-        }
-    }
-
-    return res;
-}
-
 bool llama_depthkv_get_stats(const llama_context * ctx, llama_depthkv_stats * stats) {
     return llama_depthkv_try(false, [&]() {
         llama_depthkv_check_ptr(ctx);
+        llama_depthkv_check_ptr(stats, "stats");
 
         const auto & cparams = ctx->get_cparams();
         const auto & model   = ctx->get_model();
@@ -247,7 +236,7 @@ bool llama_depthkv_get_stats(const llama_context * ctx, llama_depthkv_stats * st
             stats->n_layers     = plan.layers.size();
             stats->bytes        = kv->size_kv_bytes();
             stats->bytes_full   = llama_kv_depth_bytes_full(model, cparams.n_ctx_seq, n_seq_max, iswa ? cparams.n_ubatch : 0, plan.type_k, plan.type_v);
-            stats->bytes_scorer = kv->size_scorer_bytes() + (model.hparams.no_alloc ? llama_depthkv_bytes_sched(model, *kv) : 0);
+            stats->bytes_scorer = kv->size_scorer_bytes();
             stats->n_score      = stat.n_score;
             stats->n_evict      = stat.n_evict;
             stats->t_evict_us   = stat.t_evict_us;
@@ -283,14 +272,16 @@ bool llama_depthkv_get_layer(const llama_context * ctx, int32_t i, llama_seq_id 
     return llama_depthkv_try(false, [&]() {
         llama_depthkv_check_ptr(ctx);
 
-        if (seq_id < 0 || (uint32_t) seq_id >= ctx->get_cparams().n_seq_max) {
-            throw std::runtime_error(format("sequence %d is out of range: the context has %u", seq_id, ctx->get_cparams().n_seq_max));
-        }
+        llama_depthkv_check_seq(ctx, seq_id);
+
+        llama_depthkv_check_ptr(layer, "layer");
 
         *layer = {};
 
         if (const auto * kv = llama_depthkv_get_cache(ctx)) {
-            const auto & l = kv->get_layers().at(i);
+            llama_depthkv_check_layer(i, kv->get_layers().size());
+
+            const auto & l = kv->get_layers()[i];
 
             layer->layer   = l.il;
             layer->cells   = l.n_cells;
@@ -306,8 +297,11 @@ bool llama_depthkv_get_layer(const llama_context * ctx, int32_t i, llama_seq_id 
             throw std::runtime_error("the context has no KV cache to report on");
         }
 
+        const auto ids = kv->get_layer_ids();
+        llama_depthkv_check_layer(i, ids.size());
+
         const auto & model = ctx->get_model();
-        const int32_t   il = kv->get_layer_ids().at(i);
+        const int32_t   il = ids[i];
 
         layer->layer = il;
         layer->cells = kv->get_size();
@@ -324,14 +318,14 @@ int32_t llama_depthkv_get_positions(const llama_context * ctx, int32_t i, llama_
     return llama_depthkv_try(-1, [&]() {
         llama_depthkv_check_ptr(ctx);
 
-        if (seq_id < 0 || (uint32_t) seq_id >= ctx->get_cparams().n_seq_max) {
-            throw std::runtime_error(format("sequence %d is out of range: the context has %u", seq_id, ctx->get_cparams().n_seq_max));
-        }
+        llama_depthkv_check_seq(ctx, seq_id);
 
         std::vector<llama_pos> res;
 
         if (const auto * kv = llama_depthkv_get_cache(ctx)) {
-            const auto & cells = kv->get_layers().at(i).cells[seq_id];
+            llama_depthkv_check_layer(i, kv->get_layers().size());
+
+            const auto & cells = kv->get_layers()[i].cells[seq_id];
 
             for (uint32_t j = 0; j < cells.used_max_p1(); ++j) {
                 if (!cells.is_empty(j)) {
@@ -339,9 +333,15 @@ int32_t llama_depthkv_get_positions(const llama_context * ctx, int32_t i, llama_
                 }
             }
         } else if (const auto * kv = llama_depthkv_get_stock(ctx)) {
+            llama_depthkv_check_layer(i, kv->get_layer_ids().size());
+
             for (const auto & [p, _] : kv->get_cells(seq_id).seq_pos_get(seq_id)) {
                 res.push_back(p);
             }
+        }
+
+        if (n > 0) {
+            llama_depthkv_check_ptr(pos, "pos");
         }
 
         std::sort(res.begin(), res.end());
@@ -359,9 +359,7 @@ bool llama_depthkv_pin(llama_context * ctx, llama_seq_id seq_id, llama_pos p0, l
     return llama_depthkv_try(false, [&]() {
         llama_depthkv_check_ptr(ctx);
 
-        if (seq_id < 0 || (uint32_t) seq_id >= ctx->get_cparams().n_seq_max) {
-            throw std::runtime_error(format("sequence %d is out of range: the context has %u", seq_id, ctx->get_cparams().n_seq_max));
-        }
+        llama_depthkv_check_seq(ctx, seq_id);
 
         // the stock cache evicts nothing
         if (auto * kv = llama_depthkv_get_cache(ctx)) {
@@ -386,6 +384,8 @@ void llama_depthkv_unpin(llama_context * ctx, llama_seq_id seq_id) {
 
 bool llama_depthkv_alloc(llama_depthkv_alloc_params params, uint32_t * cells) {
     return llama_depthkv_try(false, [&]() {
+        llama_depthkv_check_ptr(cells, "cells");
+
         llama_kv_alloc_params aparams;
 
         aparams.n_layers = params.n_layers;

@@ -205,6 +205,12 @@ llama_memory_context_ptr llama_kv_cache_depth::init_batch(llama_batch_allocr & b
         return fail("a KV budget is not defined for non-causal attention");
     }
 
+    // update() comes first. if it was aborted, some keys are not where the others are
+    if (has_shift()) {
+        LLAMA_LOG_ERROR("%s: the context shift has not been completed\n", __func__);
+        return std::make_unique<llama_kv_cache_depth_context>(LLAMA_MEMORY_STATUS_FAILED_COMPUTE);
+    }
+
     balloc.split_reset();
 
     std::vector<llama_ubatch> ubatches;
@@ -269,16 +275,19 @@ llama_memory_context_ptr llama_kv_cache_depth::init_full() {
 }
 
 llama_memory_context_ptr llama_kv_cache_depth::init_update(llama_context * lctx, bool optimize) {
-    this->lctx = lctx;
+    return std::make_unique<llama_kv_cache_depth_context>(this, kv_iswa ? kv_iswa->init_update(lctx, optimize) : nullptr, has_shift());
+}
 
-    bool do_shift = false;
+bool llama_kv_cache_depth::has_shift() const {
     for (const auto & layer : layers) {
         for (const auto & cells : layer.cells) {
-            do_shift = do_shift || cells.get_has_shift();
+            if (cells.get_has_shift()) {
+                return true;
+            }
         }
     }
 
-    return std::make_unique<llama_kv_cache_depth_context>(this, kv_iswa ? kv_iswa->init_update(lctx, optimize) : nullptr, do_shift);
+    return false;
 }
 
 bool llama_kv_cache_depth::get_can_shift() const {
@@ -503,11 +512,16 @@ void llama_kv_cache_depth::seq_add(llama_seq_id seq_id, llama_pos p0, llama_pos 
 
     pos_range(p0, p1);
 
+    auto & stream = streams[seq_id];
+
+    if (shift > n_pos_max - std::min(stream.pos_max, p1)) {
+        LLAMA_LOG_ERROR("%s: positions up to %d of sequence %d cannot move by %d: the last one is %d\n", __func__, stream.pos_max, seq_id, shift, n_pos_max);
+        return;
+    }
+
     if (kv_iswa) {
         kv_iswa->seq_add(seq_id, p0, p1, shift);
     }
-
-    auto & stream = streams[seq_id];
 
     stream.pins.shift(p0, p1, shift);
 
@@ -538,7 +552,11 @@ void llama_kv_cache_depth::seq_div(llama_seq_id seq_id, llama_pos p0, llama_pos 
         return;
     }
 
-    if (d == 0 || d == 1) {
+    if (d == 1) {
+        return;
+    }
+    if (d < 1) {
+        LLAMA_LOG_ERROR("%s: positions of sequence %d cannot be divided by %d\n", __func__, seq_id, d);
         return;
     }
 
@@ -550,8 +568,8 @@ void llama_kv_cache_depth::seq_div(llama_seq_id seq_id, llama_pos p0, llama_pos 
 
     auto & stream = streams[seq_id];
 
-    // pinned tokens would fall together with others
-    stream.pins.rm(p0, p1);
+    // pinned tokens would fall together with others, and others with them
+    stream.pins.rm(p0/d, p1);
 
     for (auto & p : stream.q_pos) {
         if (p >= p0 && p < p1) {
@@ -645,7 +663,10 @@ size_t llama_kv_cache_depth::size_kv_bytes() const {
 }
 
 size_t llama_kv_cache_depth::size_scorer_bytes() const {
-    size_t res = sched.size();
+    size_t res = 0;
+    for (const auto & [_, size] : sched.memory_breakdown()) {
+        res += size;
+    }
     for (const auto & layer : layers) {
         res += layer.q ? ggml_nbytes(layer.q) : 0;
     }
@@ -665,6 +686,10 @@ std::map<ggml_backend_buffer_type_t, size_t> llama_kv_cache_depth::memory_breakd
         res[buft] += hparams.no_alloc ?
             ggml_backend_alloc_ctx_tensors_from_buft_size(ctx.get(), buft) :
             ggml_backend_buffer_get_size(buf.get());
+    }
+
+    for (const auto & [buft, size] : sched.memory_breakdown()) {
+        res[buft] += size;
     }
 
     return res;
@@ -693,10 +718,22 @@ bool llama_kv_cache_depth::evict(kv_layer & layer, uint32_t strm, uint32_t n_tok
         if (n_new >= n_span || (n_free < n_tokens && cells.pos_scored < 0)) {
             llama_kv_attn attn;
 
-            if (compute_attn(layer, strm, attn)) {
+            const ggml_status status = compute_attn(layer, strm, attn);
+
+            // an abort is left to the main graph, which comes next
+            if (status != GGML_STATUS_SUCCESS && status != GGML_STATUS_ABORTED) {
+                return false;
+            }
+
+            if (status == GGML_STATUS_SUCCESS && !attn.pos.empty()) {
                 const uint32_t n_seen = attn.pos.back() - std::max(cells.pos_scored, 0);
 
-                score->accumulate(cells, attn, n_seen);
+                // a broken value shows in its own cell, a broken key in all of them
+                if (std::none_of(attn.mass.begin(), attn.mass.end(), [](float x) { return std::isfinite(x); })) {
+                    mark_broken(layer, strm);
+                } else {
+                    score->accumulate(cells, attn, n_seen);
+                }
 
                 cells.pos_scored = attn.pos.back();
 
@@ -734,7 +771,149 @@ bool llama_kv_cache_depth::evict(kv_layer & layer, uint32_t strm, uint32_t n_tok
     return n_free + rows.size() >= n_tokens;
 }
 
-bool llama_kv_cache_depth::compute_attn(kv_layer & layer, uint32_t strm, llama_kv_attn & attn) {
+void llama_kv_cache_depth::mark_broken(kv_layer & layer, uint32_t strm) {
+    auto & cells = layer.cells[strm];
+
+    const int64_t n_embd = layer.k->ne[0];
+    const auto  * traits = ggml_get_type_traits(layer.k->type);
+
+    std::vector<uint8_t> row(layer.k->nb[1]);
+    std::vector<float>   key(n_embd);
+
+    for (uint32_t i = 0; i < cells.used_max_p1(); ++i) {
+        if (cells.is_empty(i)) {
+            continue;
+        }
+
+        ggml_backend_tensor_get(layer.k, row.data(), strm*layer.k->nb[2] + i*layer.k->nb[1], row.size());
+
+        if (traits->to_float) {
+            traits->to_float(row.data(), key.data(), n_embd);
+        } else {
+            memcpy(key.data(), row.data(), row.size()); // F32
+        }
+
+        if (!std::all_of(key.begin(), key.end(), [](float x) { return std::isfinite(x); })) {
+            cells.acc[i] = -std::numeric_limits<float>::max();
+            cells.cnt[i] = 1.0f;
+        }
+    }
+}
+
+struct llama_kv_cache_depth::attn_graph {
+    ggml_tensor * inp_pos_kv = nullptr; // F32 [n_kv]
+    ggml_tensor * inp_pos_q  = nullptr; // F32 [1, n_query]
+    ggml_tensor * inp_weight = nullptr; // F32 [1, n_query*n_gqa, n_head_kv] 1 for a query that counts
+    ggml_tensor * inp_ones   = nullptr; // F32 [1, n_embd_v]
+    ggml_tensor * inp_rot_v  = nullptr;
+    ggml_tensor * out        = nullptr; // F32 [n_kv]
+
+    static size_t max_nodes(int64_t n_head_kv) {
+        return 64 + 16*n_head_kv;
+    }
+};
+
+void llama_kv_cache_depth::build_attn(ggml_context * ctx, ggml_cgraph * gf, const kv_layer & layer, uint32_t strm, int64_t n_kv, attn_graph & res) const {
+    const int64_t n_head      = hparams.n_head(layer.il);
+    const int64_t n_head_kv   = hparams.n_head_kv(layer.il);
+    const int64_t n_gqa       = n_head/n_head_kv;
+    const int64_t n_embd_head = hparams.n_embd_head_k(layer.il);
+    const int64_t n_embd_v    = hparams.n_embd_head_v(layer.il);
+
+    const auto new_input = [&](int64_t ne0, int64_t ne1, int64_t ne2) {
+        ggml_tensor * cur = ggml_new_tensor_3d(ctx, GGML_TYPE_F32, ne0, ne1, ne2);
+        ggml_set_input(cur);
+        return cur;
+    };
+
+    res.inp_pos_kv = new_input(n_kv, 1, 1);
+    res.inp_pos_q  = new_input(1, n_query, 1);
+    res.inp_weight = new_input(1, n_query*n_gqa, n_head_kv);
+
+    ggml_tensor * mask = ggml_repeat_4d(ctx, res.inp_pos_kv, n_kv, n_query, 1, 1);
+    mask = ggml_sub_inplace  (ctx, mask, res.inp_pos_q);
+    mask = ggml_relu_inplace (ctx, mask);
+    mask = ggml_scale_inplace(ctx, mask, -1e30f);
+
+    const auto * lk = layer.k;
+    const auto * lq = layer.q;
+
+    ggml_tensor * k = ggml_view_3d(ctx, layer.k, n_embd_head, n_head_kv, n_kv,
+            ggml_row_size(lk->type, n_embd_head), lk->nb[1], strm*lk->nb[2]);
+    k = ggml_permute(ctx, k, 0, 2, 1, 3);
+
+    // the heads of a group are rows of one matrix, so that each key is read once for all of them
+    ggml_tensor * q = ggml_view_4d(ctx, layer.q, n_embd_head, n_gqa, n_head_kv, n_query,
+            ggml_row_size(lq->type, n_embd_head), ggml_row_size(lq->type, n_embd_head*n_gqa), lq->nb[1], strm*lq->nb[2]);
+    q = ggml_cast(ctx, ggml_permute(ctx, q, 0, 2, 3, 1), GGML_TYPE_F32);
+    q = ggml_reshape_3d(ctx, q, n_embd_head, n_query*n_gqa, n_head_kv);
+
+    ggml_tensor * kq = ggml_mul_mat(ctx, k, q);
+    ggml_prec_set_acc(kq, GGML_PREC_F32);
+
+    kq = ggml_reshape_3d(ctx, kq, n_kv, n_query, n_head);
+
+    // see llm_graph_context::build_attn_mha()
+    if (hparams.attn_soft_cap || model.arch == LLM_ARCH_GROK) {
+        const float scale = model.arch == LLM_ARCH_GROK ? hparams.f_attn_out_scale : 1.0f;
+
+        kq = ggml_scale(ctx, kq, scale/hparams.f_attn_logit_softcapping);
+        kq = ggml_tanh (ctx, kq);
+        kq = ggml_scale(ctx, kq, hparams.f_attn_logit_softcapping);
+    }
+
+    kq = ggml_soft_max_ext_inplace(ctx, kq, mask, layer.kq_scale, 0.0f);
+    ggml_soft_max_add_sinks(kq, layer.sinks);
+
+    kq = ggml_reshape_3d(ctx, kq, n_kv, n_query*n_gqa, n_head_kv);
+
+    // sum over the queries of a group: [n_kv, 1, n_head_kv]
+    ggml_tensor * mass = ggml_out_prod(ctx, kq, res.inp_weight);
+
+    if (score->weights_value()) {
+        res.inp_ones = new_input(1, n_embd_v, 1);
+
+        if (layer.n_rot_v) {
+            res.inp_rot_v = new_input(layer.n_rot_v, layer.n_rot_v, 1);
+        }
+    }
+
+    // a head at a time: its values are needed in F32, all of them would be as large as the cache
+    for (int64_t h = 0; h < n_head_kv; ++h) {
+        ggml_tensor * cur = ggml_view_1d(ctx, mass, n_kv, h*mass->nb[2]);
+
+        if (score->weights_value()) {
+            const auto * lv = layer.v;
+
+            ggml_tensor * v;
+            if (v_trans) {
+                const size_t nb1 = ggml_row_size(lv->type, lv->ne[1]);
+
+                v = ggml_view_2d(ctx, layer.v, n_kv, n_embd_v, nb1, strm*lv->nb[2] + h*n_embd_v*nb1);
+                v = ggml_cast(ctx, v, GGML_TYPE_F32);
+            } else {
+                v = ggml_view_2d(ctx, layer.v, n_embd_v, n_kv, lv->nb[1], strm*lv->nb[2] + h*ggml_row_size(lv->type, n_embd_v));
+                v = ggml_cast(ctx, v, GGML_TYPE_F32);
+                if (res.inp_rot_v) {
+                    v = llama_mul_mat_hadamard(ctx, v, res.inp_rot_v);
+                }
+            }
+
+            v = ggml_abs(ctx, v);
+            v = v_trans ? ggml_out_prod(ctx, v, res.inp_ones) : ggml_sum_rows(ctx, v);
+
+            cur = ggml_mul(ctx, ggml_reshape_1d(ctx, v, n_kv), cur);
+        }
+
+        res.out = res.out ? ggml_add(ctx, res.out, cur) : cur;
+    }
+
+    res.out = ggml_cont(ctx, res.out);
+    ggml_set_output(res.out);
+    ggml_build_forward_expand(gf, res.out);
+}
+
+ggml_status llama_kv_cache_depth::compute_attn(kv_layer & layer, uint32_t strm, llama_kv_attn & attn) {
     GGML_ASSERT(layer.q);
 
     const auto & cells  = layer.cells[strm];
@@ -747,114 +926,18 @@ bool llama_kv_cache_depth::compute_attn(kv_layer & layer, uint32_t strm, llama_k
     }
 
     if (attn.pos.empty()) {
-        return false;
+        return GGML_STATUS_SUCCESS;
     }
 
     std::sort(attn.pos.begin(), attn.pos.end());
 
-    const int64_t n_kv        = std::min(GGML_PAD(cells.used_max_p1(), 32), cells.size());
-    const int64_t n_head      = hparams.n_head(layer.il);
-    const int64_t n_head_kv   = hparams.n_head_kv(layer.il);
-    const int64_t n_gqa       = n_head/n_head_kv;
-    const int64_t n_embd_head = hparams.n_embd_head_k(layer.il);
-    const int64_t n_embd_v    = hparams.n_embd_head_v(layer.il);
+    const int64_t n_kv   = std::min(GGML_PAD(cells.used_max_p1(), 32), cells.size());
+    const int64_t n_head = hparams.n_head(layer.il);
 
-    ggml_tensor * inp_pos_kv = nullptr; // F32 [n_kv]
-    ggml_tensor * inp_pos_q  = nullptr; // F32 [1, n_query]
-    ggml_tensor * inp_weight = nullptr; // F32 [1, n_query*n_gqa, n_head_kv] 1 for a query that counts
-    ggml_tensor * inp_ones   = nullptr; // F32 [1, n_embd_v]
-    ggml_tensor * inp_rot_v  = nullptr;
-    ggml_tensor * out        = nullptr; // F32 [n_kv]
+    attn_graph graph;
 
     const auto build = [&](ggml_context * ctx, ggml_cgraph * gf) {
-        const auto new_input = [&](int64_t ne0, int64_t ne1, int64_t ne2) {
-            ggml_tensor * res = ggml_new_tensor_3d(ctx, GGML_TYPE_F32, ne0, ne1, ne2);
-            ggml_set_input(res);
-            return res;
-        };
-
-        inp_pos_kv = new_input(n_kv, 1, 1);
-        inp_pos_q  = new_input(1, n_query, 1);
-        inp_weight = new_input(1, n_query*n_gqa, n_head_kv);
-
-        ggml_tensor * mask = ggml_repeat_4d(ctx, inp_pos_kv, n_kv, n_query, 1, 1);
-        mask = ggml_sub_inplace  (ctx, mask, inp_pos_q);
-        mask = ggml_relu_inplace (ctx, mask);
-        mask = ggml_scale_inplace(ctx, mask, -1e30f);
-
-        const auto * lk = layer.k;
-        const auto * lq = layer.q;
-
-        ggml_tensor * k = ggml_view_3d(ctx, layer.k, n_embd_head, n_head_kv, n_kv,
-                ggml_row_size(lk->type, n_embd_head), lk->nb[1], strm*lk->nb[2]);
-        k = ggml_permute(ctx, k, 0, 2, 1, 3);
-
-        // the heads of a group are rows of one matrix, so that each key is read once for all of them
-        ggml_tensor * q = ggml_view_4d(ctx, layer.q, n_embd_head, n_gqa, n_head_kv, n_query,
-                ggml_row_size(lq->type, n_embd_head), ggml_row_size(lq->type, n_embd_head*n_gqa), lq->nb[1], strm*lq->nb[2]);
-        q = ggml_cast(ctx, ggml_permute(ctx, q, 0, 2, 3, 1), GGML_TYPE_F32);
-        q = ggml_reshape_3d(ctx, q, n_embd_head, n_query*n_gqa, n_head_kv);
-
-        ggml_tensor * kq = ggml_mul_mat(ctx, k, q);
-        ggml_prec_set_acc(kq, GGML_PREC_F32);
-
-        kq = ggml_reshape_3d(ctx, kq, n_kv, n_query, n_head);
-
-        if (hparams.attn_soft_cap) {
-            kq = ggml_scale(ctx, kq, 1.0f/hparams.f_attn_logit_softcapping);
-            kq = ggml_tanh (ctx, kq);
-            kq = ggml_scale(ctx, kq, hparams.f_attn_logit_softcapping);
-        }
-
-        kq = ggml_soft_max_ext_inplace(ctx, kq, mask, layer.kq_scale, 0.0f);
-        ggml_soft_max_add_sinks(kq, layer.sinks);
-
-        kq = ggml_reshape_3d(ctx, kq, n_kv, n_query*n_gqa, n_head_kv);
-
-        // sum over the queries of a group: [n_kv, 1, n_head_kv]
-        ggml_tensor * mass = ggml_out_prod(ctx, kq, inp_weight);
-
-        if (score->weights_value()) {
-            inp_ones = new_input(1, n_embd_v, 1);
-
-            if (layer.n_rot_v) {
-                inp_rot_v = new_input(layer.n_rot_v, layer.n_rot_v, 1);
-            }
-        }
-
-        // a head at a time: its values are needed in F32, all of them would be as large as the cache
-        for (int64_t h = 0; h < n_head_kv; ++h) {
-            ggml_tensor * cur = ggml_view_1d(ctx, mass, n_kv, h*mass->nb[2]);
-
-            if (score->weights_value()) {
-                const auto * lv = layer.v;
-
-                ggml_tensor * v;
-                if (v_trans) {
-                    const size_t nb1 = ggml_row_size(lv->type, lv->ne[1]);
-
-                    v = ggml_view_2d(ctx, layer.v, n_kv, n_embd_v, nb1, strm*lv->nb[2] + h*n_embd_v*nb1);
-                    v = ggml_cast(ctx, v, GGML_TYPE_F32);
-                } else {
-                    v = ggml_view_2d(ctx, layer.v, n_embd_v, n_kv, lv->nb[1], strm*lv->nb[2] + h*ggml_row_size(lv->type, n_embd_v));
-                    v = ggml_cast(ctx, v, GGML_TYPE_F32);
-                    if (inp_rot_v) {
-                        v = llama_mul_mat_hadamard(ctx, v, inp_rot_v);
-                    }
-                }
-
-                v = ggml_abs(ctx, v);
-                v = v_trans ? ggml_out_prod(ctx, v, inp_ones) : ggml_sum_rows(ctx, v);
-
-                cur = ggml_mul(ctx, ggml_reshape_1d(ctx, v, n_kv), cur);
-            }
-
-            out = out ? ggml_add(ctx, out, cur) : cur;
-        }
-
-        out = ggml_cont(ctx, out);
-        ggml_set_output(out);
-        ggml_build_forward_expand(gf, out);
+        build_attn(ctx, gf, layer, strm, n_kv, graph);
     };
 
     const auto set_inputs = [&]() {
@@ -863,14 +946,14 @@ bool llama_kv_cache_depth::compute_attn(kv_layer & layer, uint32_t strm, llama_k
         for (int64_t i = 0; i < n_kv; ++i) {
             data[i] = cells.is_empty(i) ? 1e9f : cells.pos_get(i);
         }
-        ggml_backend_tensor_set(inp_pos_kv, data.data(), 0, ggml_nbytes(inp_pos_kv));
+        ggml_backend_tensor_set(graph.inp_pos_kv, data.data(), 0, ggml_nbytes(graph.inp_pos_kv));
 
         // a query that does not count may see everything, so that its softmax is defined
         data.resize(n_query);
         for (uint32_t i = 0; i < n_query; ++i) {
             data[i] = stream.q_pos[i] > cells.pos_scored ? stream.q_pos[i] : 1e9f;
         }
-        ggml_backend_tensor_set(inp_pos_q, data.data(), 0, ggml_nbytes(inp_pos_q));
+        ggml_backend_tensor_set(graph.inp_pos_q, data.data(), 0, ggml_nbytes(graph.inp_pos_q));
 
         data.resize(n_query*n_head);
         for (int64_t h = 0; h < n_head; ++h) {
@@ -878,24 +961,24 @@ bool llama_kv_cache_depth::compute_attn(kv_layer & layer, uint32_t strm, llama_k
                 data[h*n_query + i] = stream.q_pos[i] > cells.pos_scored ? 1.0f : 0.0f;
             }
         }
-        ggml_backend_tensor_set(inp_weight, data.data(), 0, ggml_nbytes(inp_weight));
+        ggml_backend_tensor_set(graph.inp_weight, data.data(), 0, ggml_nbytes(graph.inp_weight));
 
-        if (inp_ones && inp_ones->buffer) {
-            data.assign(n_embd_v, 1.0f);
-            ggml_backend_tensor_set(inp_ones, data.data(), 0, ggml_nbytes(inp_ones));
+        if (graph.inp_ones && graph.inp_ones->buffer) {
+            data.assign(ggml_nelements(graph.inp_ones), 1.0f);
+            ggml_backend_tensor_set(graph.inp_ones, data.data(), 0, ggml_nbytes(graph.inp_ones));
         }
 
-        if (inp_rot_v && inp_rot_v->buffer) {
-            set_input_rot(inp_rot_v);
+        if (graph.inp_rot_v && graph.inp_rot_v->buffer) {
+            set_input_rot(graph.inp_rot_v);
         }
     };
 
     const auto get_outputs = [&]() {
         attn.mass.resize(n_kv);
-        ggml_backend_tensor_get(out, attn.mass.data(), 0, ggml_nbytes(out));
+        ggml_backend_tensor_get(graph.out, attn.mass.data(), 0, ggml_nbytes(graph.out));
     };
 
-    return sched.compute(lctx->get_sched(), 64 + 16*n_head_kv, build, set_inputs, get_outputs);
+    return sched.compute(lctx->get_sched(), attn_graph::max_nodes(hparams.n_head_kv(layer.il)), build, set_inputs, get_outputs);
 }
 
 bool llama_kv_cache_depth::apply_ubatch(const llama_ubatch & ubatch, slot_info & sinfo) {
@@ -1044,85 +1127,148 @@ void llama_kv_cache_depth::set_input_rot(ggml_tensor * dst) {
     ggml_backend_tensor_set(dst, data.data(), 0, ggml_nbytes(dst));
 }
 
+struct llama_kv_cache_depth::shift_graph {
+    ggml_tensor * inp_shift = nullptr; // I32 [n_cells]
+    ggml_tensor * inp_rot   = nullptr;
+    ggml_tensor * dst       = nullptr; // the keys, [n_embd_k_gqa, n_cells]
+    ggml_tensor * out       = nullptr; // the same, rotated
+
+    static constexpr size_t max_nodes = 64;
+
+    // keys that are rotated at once
+    static constexpr uint32_t n_cells = 512;
+};
+
+void llama_kv_cache_depth::build_shift(ggml_context * ctx, ggml_cgraph * gf, const kv_layer & layer, uint32_t strm, uint32_t i0, uint32_t n, shift_graph & res) const {
+    const uint32_t il = layer.il;
+
+    const int64_t n_rot       = hparams.n_rot(il);
+    const int64_t n_head_kv   = hparams.n_head_kv(il);
+    const int64_t n_embd_head = hparams.n_embd_head_k(il);
+
+    // see llama_kv_cache::build_graph_shift()
+    const int64_t n_embd_nope = hparams.n_lora_kv > 0 ? n_embd_head - n_rot : 0;
+
+    res.inp_shift = ggml_new_tensor_1d(ctx, GGML_TYPE_I32, n);
+    ggml_set_input(res.inp_shift);
+
+    res.dst = ggml_view_2d(ctx, layer.k, layer.k->ne[0], n, layer.k->nb[1], strm*layer.k->nb[2] + i0*layer.k->nb[1]);
+
+    ggml_tensor * cur = ggml_cast(ctx, res.dst, GGML_TYPE_F32);
+    cur = ggml_reshape_3d(ctx, cur, n_embd_head, n_head_kv, n);
+
+    if (layer.n_rot_k) {
+        res.inp_rot = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, layer.n_rot_k, layer.n_rot_k);
+        ggml_set_input(res.inp_rot);
+
+        cur = llama_mul_mat_hadamard(ctx, cur, res.inp_rot);
+    }
+
+    const auto rope = [&](ggml_tensor * t) {
+        return ggml_rope_ext(ctx, t, res.inp_shift, model.get_rope_factors(cparams, il), n_rot, hparams.rope_type,
+                cparams.n_ctx_orig_yarn, model.get_rope_freq_base(cparams, il), model.get_rope_freq_scale(cparams, il),
+                cparams.yarn_ext_factor, cparams.yarn_attn_factor, cparams.yarn_beta_fast, cparams.yarn_beta_slow);
+    };
+
+    if (n_embd_nope > 0) {
+        ggml_tensor * nope = ggml_view_3d(ctx, cur, n_embd_nope, n_head_kv, n, cur->nb[1], cur->nb[2], 0);
+        ggml_tensor * pe   = ggml_view_3d(ctx, cur, n_rot,       n_head_kv, n, cur->nb[1], cur->nb[2], n_embd_nope*cur->nb[0]);
+
+        cur = ggml_concat(ctx, ggml_cont(ctx, nope), rope(pe), 0);
+    } else {
+        cur = rope(cur);
+    }
+
+    if (layer.n_rot_k) {
+        cur = llama_mul_mat_hadamard(ctx, cur, res.inp_rot);
+    }
+
+    res.out = ggml_cast(ctx, ggml_reshape_2d(ctx, cur, layer.k->ne[0], n), layer.k->type);
+    ggml_set_output(res.out);
+
+    ggml_build_forward_expand(gf, res.dst);
+    ggml_build_forward_expand(gf, res.out);
+}
+
+bool llama_kv_cache_depth::has_rope(uint32_t il) const {
+    return hparams.rope_type != LLAMA_ROPE_TYPE_NONE && hparams.has_rope(il);
+}
+
 bool llama_kv_cache_depth::update() {
     synchronize();
 
     // M-RoPE and per-layer RoPE dims are refused by get_can_shift()
     for (auto & layer : layers) {
-        const uint32_t il = layer.il;
+        for (uint32_t s = 0; s < n_stream; ++s) {
+            auto & cells = layer.cells[s];
 
-        bool has_shift = false;
-        for (const auto & cells : layer.cells) {
-            has_shift = has_shift || cells.get_has_shift();
-        }
+            for (uint32_t i0 = 0; cells.get_has_shift() && has_rope(layer.il) && i0 < cells.used_max_p1(); i0 += shift_graph::n_cells) {
+                const uint32_t n = std::min(shift_graph::n_cells, cells.used_max_p1() - i0);
 
-        if (!has_shift) {
-            continue;
-        }
+                shift_graph graph;
 
-        if (hparams.rope_type != LLAMA_ROPE_TYPE_NONE && hparams.has_rope(il)) {
-            ggml_tensor * inp_shift = nullptr; // I32 [n_cells*n_stream]
-            ggml_tensor * inp_rot   = nullptr;
-
-            const auto build = [&](ggml_context * ctx, ggml_cgraph * gf) {
-                inp_shift = ggml_new_tensor_1d(ctx, GGML_TYPE_I32, (int64_t) layer.n_cells*n_stream);
-                ggml_set_input(inp_shift);
-
-                const auto type = layer.k->type;
-
-                const int64_t n_rot       = hparams.n_rot(il);
-                const int64_t n_embd_head = hparams.n_embd_head_k(il);
-
-                ggml_tensor * k = ggml_view_3d(ctx, layer.k, ggml_is_quantized(type) ? n_embd_head : n_rot, hparams.n_head_kv(il), (int64_t) layer.n_cells*n_stream,
-                        ggml_row_size(type, n_embd_head), layer.k->nb[1], 0);
-
-                const auto rope = [&](ggml_tensor * cur) {
-                    return ggml_rope_ext(ctx, cur, inp_shift, model.get_rope_factors(cparams, il), n_rot, hparams.rope_type,
-                            cparams.n_ctx_orig_yarn, model.get_rope_freq_base(cparams, il), model.get_rope_freq_scale(cparams, il),
-                            cparams.yarn_ext_factor, cparams.yarn_attn_factor, cparams.yarn_beta_fast, cparams.yarn_beta_slow);
+                const auto build = [&](ggml_context * ctx, ggml_cgraph * gf) {
+                    build_shift(ctx, gf, layer, s, i0, n, graph);
                 };
 
-                ggml_tensor * cur = ggml_cast(ctx, k, GGML_TYPE_F32);
-
-                if (layer.n_rot_k) {
-                    inp_rot = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, layer.n_rot_k, layer.n_rot_k);
-                    ggml_set_input(inp_rot);
-
-                    cur = llama_mul_mat_hadamard(ctx, cur, inp_rot);
-                    cur = rope(cur);
-                    cur = llama_mul_mat_hadamard(ctx, cur, inp_rot);
-                } else {
-                    cur = rope(cur);
-                }
-
-                ggml_build_forward_expand(gf, ggml_cpy(ctx, cur, k));
-            };
-
-            const auto set_inputs = [&]() {
-                std::vector<int32_t> data((size_t) layer.n_cells*n_stream);
-                for (uint32_t s = 0; s < n_stream; ++s) {
-                    for (uint32_t i = 0; i < layer.n_cells; ++i) {
-                        data[s*layer.n_cells + i] = layer.cells[s].get_shift(i);
+                const auto set_inputs = [&]() {
+                    std::vector<int32_t> data(n);
+                    for (uint32_t i = 0; i < n; ++i) {
+                        data[i] = cells.get_shift(i0 + i);
                     }
-                }
-                ggml_backend_tensor_set(inp_shift, data.data(), 0, ggml_nbytes(inp_shift));
+                    ggml_backend_tensor_set(graph.inp_shift, data.data(), 0, ggml_nbytes(graph.inp_shift));
 
-                if (inp_rot) {
-                    set_input_rot(inp_rot);
-                }
-            };
+                    if (graph.inp_rot) {
+                        set_input_rot(graph.inp_rot);
+                    }
+                };
 
-            if (!sched.compute(lctx->get_sched(), 64, build, set_inputs, []() {})) {
-                return false;
+                // only a graph that has run to its end changes the keys: after an abort it runs again
+                const auto get_outputs = [&]() {
+                    ggml_backend_tensor_copy(graph.out, graph.dst);
+                };
+
+                if (sched.compute(lctx->get_sched(), shift_graph::max_nodes, build, set_inputs, get_outputs) != GGML_STATUS_SUCCESS) {
+                    return false;
+                }
+
+                for (uint32_t i = 0; i < n; ++i) {
+                    cells.set_shift(i0 + i, 0);
+                }
             }
-        }
 
-        for (auto & cells : layer.cells) {
             cells.reset_shift();
         }
     }
 
     return true;
+}
+
+void llama_kv_cache_depth::reserve(llama_context * lctx) {
+    this->lctx = lctx;
+
+    for (const auto & layer : layers) {
+        attn_graph  graph_attn;
+        shift_graph graph_shift;
+
+        const auto attn = [&](ggml_context * ctx, ggml_cgraph * gf) {
+            build_attn(ctx, gf, layer, 0, layer.n_cells, graph_attn);
+        };
+
+        const auto shift = [&](ggml_context * ctx, ggml_cgraph * gf) {
+            build_shift(ctx, gf, layer, 0, 0, std::min(shift_graph::n_cells, layer.n_cells), graph_shift);
+        };
+
+        const bool can_rotate = get_can_shift() && has_rope(layer.il);
+
+        const bool ok =
+            (!layer.q    || sched.reserve(lctx->get_sched(), attn_graph::max_nodes(hparams.n_head_kv(layer.il)), hparams.no_alloc, attn)) &&
+            (!can_rotate || sched.reserve(lctx->get_sched(), shift_graph::max_nodes, hparams.no_alloc, shift));
+
+        if (!ok) {
+            throw std::runtime_error(format("failed to allocate the buffers that score the %u KV cells of layer %u", layer.n_cells, layer.il));
+        }
+    }
 }
 
 //

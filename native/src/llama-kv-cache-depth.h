@@ -155,6 +155,12 @@ public:
     // rotate the keys of the cells that have been shifted
     bool update();
 
+    // allocate what eviction and shifts compute with, called when the backends are known. throws if there is not enough memory
+    void reserve(llama_context * lctx);
+
+    // attention of the sampled queries that a layer has not counted yet. attn.pos is empty if there is none
+    ggml_status compute_attn(kv_layer & layer, uint32_t strm, llama_kv_attn & attn);
+
     // fill with an orthonormal Walsh-Hadamard matrix, F32 [n, n] in host memory
     static void set_input_rot(ggml_tensor * dst);
 
@@ -210,7 +216,7 @@ private:
     // computes scores and shifts apart from the main graph, so that this one can be reused
     llama_kv_depth_sched sched;
 
-    // known from the first update on, before that nothing can have been computed
+    // known from reserve() on, before that nothing can have been computed
     llama_context * lctx = nullptr;
 
     stats stat;
@@ -224,10 +230,23 @@ private:
 
     void pos_range(llama_pos & p0, llama_pos & p1) const;
 
+    // some keys lack a rotation
+    bool has_shift() const;
+
+    // the keys of a layer carry their position
+    bool has_rope(uint32_t il) const;
+
     bool evict(kv_layer & layer, uint32_t strm, uint32_t n_tokens);
 
-    // attention of the sampled queries that the layer has not counted yet, false if there is none
-    bool compute_attn(kv_layer & layer, uint32_t strm, llama_kv_attn & attn);
+    // cells whose key is not a finite number get the lowest score
+    void mark_broken(kv_layer & layer, uint32_t strm);
+
+    // inputs and outputs of the small graphs
+    struct attn_graph;
+    struct shift_graph;
+
+    void build_attn (ggml_context * ctx, ggml_cgraph * gf, const kv_layer & layer, uint32_t strm, int64_t n_kv, attn_graph & res) const;
+    void build_shift(ggml_context * ctx, ggml_cgraph * gf, const kv_layer & layer, uint32_t strm, uint32_t i0, uint32_t n, shift_graph & res) const;
 
     // follow up on positions that have been moved or removed
     void update_pos(uint32_t strm);

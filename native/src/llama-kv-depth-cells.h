@@ -299,8 +299,12 @@ public:
         for (const auto & s : spans) {
             const llama_pos m0 = std::max(s.first,  p0);
             const llama_pos m1 = std::min(s.second, p1);
-            if (m0 < m1 && m1 + d > 0) {
-                moved.emplace_back(std::max(m0 + d, 0), m1 + d);
+            // a span may be pinned up to the largest position there is
+            const int64_t n0 = std::max<int64_t>((int64_t) m0 + d, 0);
+            const int64_t n1 = std::min<int64_t>((int64_t) m1 + d, std::numeric_limits<llama_pos>::max());
+
+            if (m0 < m1 && n0 < n1) {
+                moved.emplace_back(n0, n1);
             }
         }
         rm(p0, p1);

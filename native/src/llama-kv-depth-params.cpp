@@ -457,6 +457,9 @@ llama_kv_depth_plan llama_kv_depth_plan_init(
     if (cparams.ctx_type != LLAMA_CONTEXT_TYPE_DEFAULT || cparams.ctx_other) {
         throw std::runtime_error("KV budget is not defined for draft contexts (MTP)");
     }
+    if (model.split_mode() == LLAMA_SPLIT_MODE_TENSOR) {
+        throw std::runtime_error("KV budget is not defined for split mode 'tensor': drop the budget or use --split-mode layer");
+    }
     if (cparams.embeddings) {
         throw std::runtime_error("KV budget is not defined for embedding contexts: drop the budget or --embedding");
     }

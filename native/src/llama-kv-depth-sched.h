@@ -4,6 +4,7 @@
 #include "ggml-cpp.h"
 
 #include <functional>
+#include <map>
 #include <vector>
 
 // a scheduler for small graphs beside the main one
@@ -17,11 +18,14 @@ public:
     // called between allocation and computation, to fill the inputs, and after the computation, to read the results
     using io_fn = std::function<void()>;
 
-    // sched: where the backends are taken from. returns false if the graph cannot be allocated or computed
-    bool compute(ggml_backend_sched_t sched, size_t max_nodes, const build_fn & build, const io_fn & set_inputs, const io_fn & get_outputs);
+    // allocate for a graph what is not there yet, so that computing it cannot fail for want of memory later
+    // no_alloc: only count it. sched: where the backends are taken from
+    bool reserve(ggml_backend_sched_t sched, size_t max_nodes, bool no_alloc, const build_fn & build);
 
-    // bytes of the compute buffers
-    size_t size() const;
+    ggml_status compute(ggml_backend_sched_t sched, size_t max_nodes, const build_fn & build, const io_fn & set_inputs, const io_fn & get_outputs);
+
+    // bytes of the compute buffers, allocated or counted
+    std::map<ggml_backend_buffer_type_t, size_t> memory_breakdown() const;
 
 private:
     ggml_backend_sched_ptr sched;
@@ -30,4 +34,10 @@ private:
 
     std::vector<ggml_backend_t> backends;
     std::vector<uint8_t>        meta;
+
+    std::vector<size_t> sizes; // [n_backends] counted by reserve()
+
+    void init(ggml_backend_sched_t sched_main, size_t max_nodes);
+
+    ggml_cgraph * build_graph(ggml_context_ptr & ctx, const build_fn & build);
 };

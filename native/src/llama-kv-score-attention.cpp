@@ -40,6 +40,13 @@ public:
 
             const auto n_seen = attn.pos.end() - std::lower_bound(attn.pos.begin(), attn.pos.end(), p);
 
+            // a broken value goes first, and costs the others nothing
+            if (!std::isfinite(attn.mass[i])) {
+                cells.acc[i] = -std::numeric_limits<float>::max();
+                cells.cnt[i] = 1.0f;
+                continue;
+            }
+
             cells.acc[i] = d*cells.acc[i] + attn.mass[i];
             cells.cnt[i] = d*cells.cnt[i] + n_seen;
         }

@@ -1,5 +1,7 @@
 #include "llama-kv-score.h"
 
+#include <cmath>
+
 // attention given by the latest queries only, after SnapKV (arXiv 2404.14469)
 // not faithful to it: one choice for all heads of a layer, and repeated whenever the layer has to evict
 class llama_kv_score_window : public llama_kv_score_i {
@@ -24,7 +26,8 @@ public:
         GGML_UNUSED(n_tokens);
 
         for (uint32_t i = 0; i < cells.used_max_p1(); ++i) {
-            cells.acc[i] = attn.mass[i];
+            // a broken value costs its neighbours nothing
+            cells.acc[i] = std::isfinite(attn.mass[i]) ? attn.mass[i] : 0.0f;
         }
     }
 

@@ -1,5 +1,7 @@
 #include "llama-kv-score.h"
 
+#include <algorithm>
+
 llama_kv_score_ptr llama_kv_score_init(const std::string & name) {
     if (name == "attention") { return llama_kv_score_init_attention(); }
     if (name == "window")    { return llama_kv_score_init_window();    }
@@ -26,12 +28,31 @@ std::vector<uint32_t> llama_kv_score_select(
     std::vector<uint32_t> rows;
     rows.reserve(cells.get_used());
 
+    std::vector<uint32_t> sinks;
+    std::vector<uint32_t> recent;
+
     for (uint32_t i = 0; i < cells.used_max_p1(); ++i) {
         const llama_pos p = cells.pos_get(i);
 
-        if (p >= p0 && p < p1 && (pins.empty() || !pins.has(p))) {
-            rows.push_back(i);
+        if (p < 0 || (!pins.empty() && pins.has(p))) {
+            continue;
         }
+
+        (p < p0 ? sinks : p >= p1 ? recent : rows).push_back(i);
+    }
+
+    // positions that have been divided share cells: no more of them are safe than the capacity of a layer counts on
+    const auto by_pos = [&](uint32_t a, uint32_t b) {
+        return cells.pos_get(a) < cells.pos_get(b);
+    };
+
+    if (sinks.size() > n_sink) {
+        std::stable_sort(sinks.begin(), sinks.end(), by_pos);
+        rows.insert(rows.end(), sinks.begin() + n_sink, sinks.end());
+    }
+    if (recent.size() > n_recent) {
+        std::stable_sort(recent.begin(), recent.end(), by_pos);
+        rows.insert(rows.end(), recent.begin(), recent.end() - n_recent);
     }
 
     if (rows.size() <= n_evict) {

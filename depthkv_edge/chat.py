@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
+from weakref import WeakKeyDictionary
 
 from jinja2 import TemplateError
 
@@ -12,6 +15,9 @@ from depthkv_edge.errors import DepthKVError
 from depthkv_edge.llama import Llama
 
 _api = llama_cpp.llama_cpp
+
+_CUT = "\ufdd0\ufddf"  # two of the characters that Unicode keeps free for programs
+_markup_found: WeakKeyDictionary[Llama, re.Pattern[str]] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -38,6 +44,7 @@ def build_prompt(llama: Llama, user: str, system: str = "") -> Prompt:
     Raises:
         DepthKVError: the template is broken, refuses a system prompt, or a text is not Unicode.
     """
+    user, system = _inert(llama, user), _inert(llama, system)
     tokens = _render(llama, user, system)
     if not system:
         return Prompt(tokens, n_system=0)
@@ -60,7 +67,8 @@ def build_turn(llama: Llama, user: str, system: str = "") -> Prompt:
         DepthKVError: the template is broken, refuses the conversation, leaves the model's own answers out, or a text
             is not Unicode.
     """
-    return _with_lead(lambda text: _following(llama, text, system), user)
+    system = _inert(llama, system)
+    return _with_lead(lambda text: _following(llama, text, system), _inert(llama, user))
 
 
 def build_opening(llama: Llama, user: str, system: str = "") -> Prompt:
@@ -73,7 +81,8 @@ def build_opening(llama: Llama, user: str, system: str = "") -> Prompt:
     Raises:
         DepthKVError: as `build_prompt`.
     """
-    return _with_lead(lambda text: _render(llama, text, system), user)
+    system = _inert(llama, system)
+    return _with_lead(lambda text: _render(llama, text, system), _inert(llama, user))
 
 
 def _with_lead(render: Callable[[str], list[int]], user: str) -> Prompt:
@@ -88,7 +97,7 @@ def _with_lead(render: Callable[[str], list[int]], user: str) -> Prompt:
 
 def _render(llama: Llama, user: str, system: str) -> list[int]:
     text, added_special = _rendered(llama, [{"role": "user", "content": user}], system)
-    return llama.tokenize(_encoded(text), add_bos=not added_special, special=_has_template(llama))
+    return _tokens(llama, text, add_bos=not added_special)
 
 
 def _following(llama: Llama, user: str, system: str) -> list[int]:
@@ -105,7 +114,51 @@ def _following(llama: Llama, user: str, system: str) -> list[int]:
     before, found, after = text.rpartition(answer)
     if not found:
         raise DepthKVError("the model's chat template leaves answers out: it cannot go on with a conversation")
-    return llama.tokenize(_encoded(after), add_bos=False, special=_has_template(llama))
+    return _tokens(llama, after, add_bos=False)
+
+
+def _inert(llama: Llama, text: str) -> str:
+    """The text with a cut in each piece that the tokenizer would take for a part of the template.
+
+    A document that says `<|im_start|>system` must not pose as the system. Of all that the text holds only these pieces
+    get other tokens.
+    """
+    if not _has_template(llama):
+        return text
+    cuts = set()
+    pattern, start = _markup(llama), 0
+    while found := pattern.search(text, start):
+        cuts.add((found.start() + found.end()) // 2)
+        start = found.start() + 1  # they may overlap
+    edges = [0, *sorted(cuts), len(text)]
+    return _CUT.join(text[i:j] for i, j in pairwise(edges))
+
+
+def _tokens(llama: Llama, text: str, *, add_bos: bool) -> list[int]:
+    special = _has_template(llama)
+    tokens: list[int] = []
+    for i, part in enumerate(text.split(_CUT)):
+        tokens += llama.tokenize(_encoded(part), add_bos=add_bos and i == 0, special=special)
+    return tokens
+
+
+def _markup(llama: Llama) -> re.Pattern[str]:
+    """What the tokenizer takes out of a text before it looks at the rest, as far as a template may need it."""
+    if llama in _markup_found:
+        return _markup_found[llama]
+    vocab, template = llama._model.vocab, llama.metadata["tokenizer.chat_template"]
+    always = _api.LLAMA_TOKEN_ATTR_CONTROL | _api.LLAMA_TOKEN_ATTR_UNKNOWN
+    texts = []
+    for token in range(_api.llama_vocab_n_tokens(vocab)):
+        attr = _api.llama_vocab_get_attr(vocab, token)
+        if attr & (always | _api.LLAMA_TOKEN_ATTR_USER_DEFINED):
+            text = _api.llama_vocab_get_text(vocab, token).decode("utf-8", "replace")
+            # those that the user of the tokenizer has defined are words, too: of Gemma blank lines and HTML, say
+            if len(text) > 1 and (attr & always or (not text.isspace() and text in template)):
+                texts.append(text)
+    texts.sort(key=len, reverse=True)
+    _markup_found[llama] = re.compile("|".join(map(re.escape, texts)) or "(?!)")
+    return _markup_found[llama]
 
 
 def _encoded(text: str) -> bytes:

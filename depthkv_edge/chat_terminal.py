@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import signal
 import sys
@@ -18,6 +17,7 @@ from rich.table import Table
 from depthkv_edge.conversation import Conversation, Holding, Stopped, Turn, read_saved, save
 from depthkv_edge.errors import DepthKVError
 from depthkv_edge.report import prefill_progress
+from depthkv_edge.streams import StreamError, echo_json, reading
 from depthkv_edge.units import kv_share
 
 try:
@@ -75,7 +75,7 @@ def chat(conversation: Conversation, *, as_json: bool = False) -> None:
             tell("\nonce more ends the chat, as /quit does" if tired else "")
             continue
         except DepthKVError as error:
-            if not interactive:
+            if not interactive or isinstance(error, StreamError):
                 raise
             tell(f"depthkv-edge: {error}")
             continue
@@ -84,7 +84,7 @@ def chat(conversation: Conversation, *, as_json: bool = False) -> None:
             if not handle(conversation, message, as_json=as_json, interactive=interactive):
                 return
         except DepthKVError as error:
-            if not interactive:
+            if not interactive or isinstance(error, StreamError):
                 raise
             tell(f"depthkv-edge: {error}")
             if conversation.forgotten and not forgotten:
@@ -231,7 +231,7 @@ def _replay(conversation: Conversation, system: str, messages: list[dict[str, st
 
 def _show(turn: Turn, as_json: bool) -> None:
     if as_json:
-        click.echo(json.dumps(turn.to_dict(), ensure_ascii=False))
+        echo_json(turn.to_dict())
         return
     click.echo()
     if turn.finish == "context":
@@ -284,12 +284,13 @@ def _ask_terminal(prompt: str) -> str:
 
 
 def _ask_pipe(prompt: str) -> str:
-    with _utf8_input():
+    with _utf8_input(), reading():
         line = sys.stdin.readline()
         line.encode()  # in the C and POSIX locales bytes that are no text come out of decoding as half characters
     if not line:
         raise EOFError
-    return line.rstrip("\n")
+    # as editors on Windows write files: a mark in front of the first line, and two characters at the end of each
+    return line.removeprefix("\ufeff").removesuffix("\n").removesuffix("\r")
 
 
 @contextlib.contextmanager

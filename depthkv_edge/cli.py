@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
-import os
 import sys
 from pathlib import Path
 
@@ -12,6 +10,7 @@ import click
 
 from depthkv_edge import __version__
 from depthkv_edge.budget import FORMS, parse_budget
+from depthkv_edge.checks import check_threads, default_threads
 from depthkv_edge.cli_bench import bench
 from depthkv_edge.cli_calibrate import calibrate
 from depthkv_edge.cli_chat import chat
@@ -19,18 +18,20 @@ from depthkv_edge.cli_doctor import doctor
 from depthkv_edge.cli_eval import evaluate
 from depthkv_edge.cli_inspect import inspect
 from depthkv_edge.cli_options import (
+    FILE,
     FLASH_ATTN,
     KV_TYPES,
     MEMORY_HELP,
     check_positive,
+    check_seed,
     check_temperature,
-    default_threads,
     fitted,
     parse_memory,
 )
 from depthkv_edge.cli_serve import serve
 from depthkv_edge.errors import DepthKVError
 from depthkv_edge.models import resolve_model
+from depthkv_edge.streams import StreamError, abandon_output, echo_json, prepare_streams, read_input
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -53,7 +54,7 @@ cli.add_command(serve)
 @click.option("--kv-budget", metavar="BUDGET", help=f"KV cache: {FORMS}. Default: the model's own, or all of it.")
 @click.option("-c", "--ctx", type=int, metavar="TOKENS", help="Context. Default: what the model was trained for.")
 @click.option("--memory", metavar="SIZE", help=MEMORY_HELP)
-@click.option("-f", "--file", metavar="FILE", help="Document to read; - is standard input.")
+@click.option("-f", "--file", type=FILE, metavar="FILE", help="Document to read; - is standard input.")
 @click.option("-p", "--prompt", default="", metavar="TEXT", help="Question, put after the document.")
 @click.option("-n", "--predict", type=int, default=256, show_default=True, metavar="N", help="Most tokens to decode.")
 @click.option("--system", default="", metavar="TEXT", help="System prompt. It is pinned: never evicted.")
@@ -94,10 +95,11 @@ def run(
     """
     budget = None if kv_budget is None else parse_budget(kv_budget)
     n_memory = parse_memory(memory)
-    check_positive(("-c", ctx), ("-n", predict), ("--ubatch", ubatch), ("--threads", threads))
+    check_positive(("-c", ctx), ("-n", predict), ("--ubatch", ubatch))
     check_temperature(temp)
+    check_seed(seed)
     path = resolve_model(model)
-    document = _read_document(file) if file else ""
+    document = _read_document(file) if file is not None else ""
     if not document.strip() and not prompt.strip():
         raise DepthKVError("nothing to answer: give a document with -f, a question with -p, or both")
 
@@ -107,7 +109,7 @@ def run(
     from depthkv_edge.report import prefill_progress, print_summary
     from depthkv_edge.run import answer, check_fit
 
-    n_threads = threads or default_threads()
+    n_threads = default_threads() if threads is None else check_threads("--threads", threads)
     context = fitted(
         path,
         n_memory,
@@ -146,7 +148,7 @@ def run(
                 on_text=(lambda text: None) if as_json else (lambda text: click.echo(text, nl=False)),
             )
     if as_json:
-        click.echo(json.dumps(result.to_dict(), ensure_ascii=False))
+        echo_json(result.to_dict())
     else:
         click.echo()
         print_summary(result)
@@ -154,7 +156,7 @@ def run(
 
 def _read_document(name: str) -> str:
     try:
-        data = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
+        data = read_input() if name == "-" else Path(name).read_bytes()
     except FileNotFoundError:
         raise DepthKVError(f"document {name} does not exist: give the path of a text file, or - for stdin") from None
     except OSError as error:
@@ -167,17 +169,22 @@ def _read_document(name: str) -> str:
 
 def main() -> None:
     """Entry point: whatever a user can get wrong is one line on standard error, and exit code 2."""
+    prepare_streams()
     try:
-        cli(standalone_mode=False)
+        try:
+            cli(standalone_mode=False)
+        finally:
+            sys.stdout.flush()
     except (click.ClickException, DepthKVError) as error:
         text = error.format_message() if isinstance(error, click.ClickException) else str(error)
         click.echo("depthkv-edge: " + " ".join(text.split()), err=True)
+        if isinstance(error, StreamError):
+            abandon_output()
         sys.exit(2)
     except (click.Abort, KeyboardInterrupt):
         sys.exit(130)
-    except BrokenPipeError:
-        # the reader has gone; the interpreter would complain once more when it flushes at exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # the reader has gone
+        abandon_output()
         sys.exit(1)
 
 

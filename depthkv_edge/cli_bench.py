@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import json
-import os
 import shlex
 import sys
 from pathlib import Path
 
 import click
 
-from depthkv_edge.errors import DepthKVError
+from depthkv_edge.checks import check_threads, default_threads
+from depthkv_edge.cli_options import FILE, check_positive
 from depthkv_edge.models import resolve_model
+from depthkv_edge.streams import echo_json
 
 _MOST_CTX = 8192  # unless told otherwise: a long prompt takes minutes for each configuration
 
@@ -25,10 +25,12 @@ _MOST_CTX = 8192  # unless told otherwise: a long prompt takes minutes for each 
 @click.option(
     "--types", default="f16", show_default=True, metavar="LIST", help="Types of K and V: f16, q8_0, q4_0, ..."
 )
-@click.option("--baseline", metavar="DIR", help="Libraries of an unpatched build. Default: this one without a budget.")
+@click.option(
+    "--baseline", type=FILE, metavar="DIR", help="Libraries of an unpatched build. Default: this one without a budget."
+)
 @click.option("--repetitions", type=int, default=5, show_default=True, metavar="N", help="Least of each measurement.")
 @click.option("--threads", type=int, metavar="N", help="CPU threads. Default: the physical cores.")
-@click.option("--prompt", metavar="FILE", help="Text of the long prompt. Default: Python's reference.")
+@click.option("--prompt", type=FILE, metavar="FILE", help="Text of the long prompt. Default: Python's reference.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of tables.")
 def bench(
     model: str,
@@ -51,8 +53,8 @@ def bench(
     from depthkv_edge.bench.run import check_baseline
     from depthkv_edge.bench.settings import Settings, parse_budgets, parse_types
 
-    if threads is not None and threads < 1:
-        raise DepthKVError(f"--threads {threads} is not above 0: give 1 or more")
+    n_threads = default_threads() if threads is None else check_threads("--threads", threads)
+    check_positive(("-c", ctx), ("--repetitions", repetitions))
     shares, kinds = parse_budgets(budgets), parse_types(types)
     directory = None if baseline is None else check_baseline(Path(baseline))
     path = resolve_model(model)
@@ -63,7 +65,7 @@ def bench(
 
     settings = Settings(
         n_ctx=min(trained_ctx(path) or _MOST_CTX, _MOST_CTX) if ctx is None else ctx,
-        n_threads=threads or _default_threads(),
+        n_threads=n_threads,
         budgets=shares,
         types=kinds,
         repetitions=repetitions,
@@ -77,12 +79,6 @@ def bench(
         progress=bench_progress,
     )
     if as_json:
-        click.echo(json.dumps(result.to_dict(), ensure_ascii=False, allow_nan=False))
+        echo_json(result.to_dict())
     else:
         print_result(result)
-
-
-def _default_threads() -> int:
-    import psutil
-
-    return psutil.cpu_count(logical=False) or os.cpu_count() or 1

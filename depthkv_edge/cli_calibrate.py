@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from importlib.util import find_spec
 from pathlib import Path
@@ -10,7 +9,9 @@ from typing import TYPE_CHECKING
 
 import click
 
+from depthkv_edge.cli_options import FILE, check_positive, check_seed
 from depthkv_edge.errors import DepthKVError
+from depthkv_edge.streams import echo_json
 
 if TYPE_CHECKING:
     from calibrate.run import Outcome
@@ -21,9 +22,13 @@ _INSTALL = "pip install torch==2.13.0 'depthkv-edge[calibrate]'"
 
 @click.command()
 @click.argument("hf_model")
-@click.option("--gguf", metavar="FILE", help="Model file to calibrate. Default: HF_MODEL itself, if it is one.")
-@click.option("-o", "--output", required=True, metavar="FILE", help="Where it goes; may be the same file.")
-@click.option("--corpus", multiple=True, metavar="FILE", help="Text or .jsonl file, or a data set. Repeat for more.")
+@click.option(
+    "--gguf", type=FILE, metavar="FILE", help="Model file to calibrate. Default: HF_MODEL itself, if it is one."
+)
+@click.option("-o", "--output", required=True, type=FILE, metavar="FILE", help="Where it goes; may be the same file.")
+@click.option(
+    "--corpus", multiple=True, type=FILE, metavar="FILE", help="Text or .jsonl file, or a data set. Repeat for more."
+)
 @click.option("--windows", type=int, default=4, show_default=True, metavar="N", help="Windows of text to measure.")
 @click.option("--window-tokens", type=int, default=3072, show_default=True, metavar="N", help="Tokens of a window.")
 @click.option("--scorer", default="attention", show_default=True, metavar="NAME", help="Token-scoring rule.")
@@ -44,7 +49,7 @@ _INSTALL = "pip install torch==2.13.0 'depthkv-edge[calibrate]'"
     help="Precision. Less than float32 has a noise floor above what many layers lose.",
 )
 @click.option("--seed", type=int, default=0, show_default=True, metavar="N", help="Seed of what is read.")
-@click.option("--curves", metavar="FILE", help="Write the curves of every window as JSON, too.")
+@click.option("--curves", type=FILE, metavar="FILE", help="Write the curves of every window as JSON, too.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of a table.")
 def calibrate(
     hf_model: str,
@@ -69,6 +74,8 @@ def calibrate(
     over its processes.
     """
     keep_ratios = _parse_ratios(ratios)
+    check_positive(("--windows", windows), ("--window-tokens", window_tokens))
+    check_seed(seed)
     for package in _PACKAGES:
         if find_spec(package) is None:
             raise DepthKVError(f"calibration needs {package}, which is not installed: run `{_INSTALL}`")
@@ -98,7 +105,7 @@ def calibrate(
 
     def show(outcome: Outcome) -> None:
         if as_json:
-            click.echo(json.dumps(outcome.to_dict(), ensure_ascii=False, allow_nan=False))
+            echo_json(outcome.to_dict())
         else:
             _print_summary(outcome)
         if curves:  # last, for this may fail

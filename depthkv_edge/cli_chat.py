@@ -8,12 +8,13 @@ import sys
 import click
 
 from depthkv_edge.budget import FORMS, parse_budget
+from depthkv_edge.checks import check_threads, default_threads
 from depthkv_edge.cli_options import (
     KV_TYPES,
     MEMORY_HELP,
     check_positive,
+    check_seed,
     check_temperature,
-    default_threads,
     fitted,
     parse_memory,
 )
@@ -61,8 +62,9 @@ def chat(
     """
     budget = None if kv_budget is None else parse_budget(kv_budget)
     n_memory = parse_memory(memory)
-    check_positive(("-c", ctx), ("-n", predict), ("--threads", threads))
+    check_positive(("-c", ctx), ("-n", predict))
     check_temperature(temp)
+    check_seed(seed)
     _check_text("--system", system)
     path = resolve_model(model)
 
@@ -72,7 +74,7 @@ def chat(
     from depthkv_edge.conversation import Conversation, load_with_room
     from depthkv_edge.llama import Llama
 
-    n_threads = threads or default_threads()
+    n_threads = default_threads() if threads is None else check_threads("--threads", threads)
     context = fitted(path, n_memory, budget, ctx, _UBATCH, KV_TYPES[type_k], KV_TYPES[type_v])
 
     def load(n_sink: int | None) -> Llama:

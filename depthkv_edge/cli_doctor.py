@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING
 
 import click
 
 from depthkv_edge.models import resolve_model
+from depthkv_edge.streams import echo_json
 from depthkv_edge.units import mib
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ def doctor(model: str | None, as_json: bool) -> None:
 
     diagnosis = diagnose(path)
     if as_json:
-        click.echo(json.dumps(diagnosis.to_dict(), ensure_ascii=False, allow_nan=False))
+        echo_json(diagnosis.to_dict())
         return
     for name, text in fact_rows(diagnosis):
         click.echo(f"{name:<13}{text}")

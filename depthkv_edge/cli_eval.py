@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 import sys
 from importlib.util import find_spec
@@ -10,8 +9,11 @@ from pathlib import Path
 
 import click
 
+from depthkv_edge.checks import check_number, check_threads, default_threads
+from depthkv_edge.cli_options import FILE, check_seed
 from depthkv_edge.errors import DepthKVError
 from depthkv_edge.models import resolve_model
+from depthkv_edge.streams import echo_json
 
 _PACKAGES = ("scipy", "jinja2", "matplotlib", "rouge_score")
 _INSTALL = "pip install 'depthkv-edge[eval]'"
@@ -21,7 +23,12 @@ _MIN_CTX = 256
 @click.command("eval")
 @click.argument("model")
 @click.option(
-    "--text", "texts", multiple=True, metavar="FILE", help="Text to read. Repeat for more. Default: four kinds."
+    "--text",
+    "texts",
+    multiple=True,
+    type=FILE,
+    metavar="FILE",
+    help="Text to read. Repeat for more. Default: four kinds.",
 )
 @click.option("-c", "--ctx", type=int, default=4096, show_default=True, metavar="TOKENS", help="Context, and window.")
 @click.option("--budgets", metavar="LIST", help="Shares of the full cache. Default: 0.2,0.4,0.6.")
@@ -41,8 +48,8 @@ _MIN_CTX = 256
 @click.option("--threads", type=int, metavar="N", help="CPU threads. Default: the physical cores.")
 @click.option("--restart", is_flag=True, help="Forget what an interrupted evaluation left.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of tables.")
-@click.option("--plot", metavar="DIR", help="Draw the plots into a directory.")
-@click.option("--html", metavar="FILE", help="Write one self-contained page.")
+@click.option("--plot", type=FILE, metavar="DIR", help="Draw the plots into a directory.")
+@click.option("--html", type=FILE, metavar="FILE", help="Write one self-contained page.")
 def evaluate(
     model: str,
     texts: tuple[str, ...],
@@ -70,10 +77,13 @@ def evaluate(
         ("-c", ctx, _MIN_CTX),
         ("--windows", windows, 1),
         ("--items", items, 1),
-        ("--threads", threads, 1),
     ):
         if value is not None and value < least:
             raise DepthKVError(f"{name} {value} is too small: give {least} or more")
+        if value is not None:
+            check_number(name, value)
+    check_seed(seed)
+    n_threads = default_threads() if threads is None else check_threads("--threads", threads)
     path = resolve_model(model)
     for package in _PACKAGES:
         if find_spec(package) is None:
@@ -93,7 +103,7 @@ def evaluate(
     )
     from depthkv_edge.evaluation.run import evaluate as measure
     from depthkv_edge.evaluation.run import forget
-    from depthkv_edge.evaluation.settings import LANGUAGE, Settings, default_threads
+    from depthkv_edge.evaluation.settings import LANGUAGE, Settings
     from depthkv_edge.evaluation.table import print_report
     from depthkv_edge.evaluation.tasks import TASKS
     from depthkv_edge.evaluation.texts import default_texts, read_texts
@@ -125,7 +135,7 @@ def evaluate(
         reference=reference,
         n_items=_items(chosen_tasks, items, full),
         seed=seed,
-        n_threads=threads or default_threads(),
+        n_threads=n_threads,
     )
     if restart:
         forget(settings)
@@ -136,7 +146,7 @@ def evaluate(
     if html is not None:
         write_page(report, Path(html))
     if as_json:
-        click.echo(json.dumps(report, ensure_ascii=False, allow_nan=False))
+        echo_json(report)
     else:
         print_report(report)
     forget(settings)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import click
 
 from depthkv_edge.budget import FORMS, parse_budget
-from depthkv_edge.errors import DepthKVError
+from depthkv_edge.cli_options import FILE, check_positive
 from depthkv_edge.models import resolve_model
+from depthkv_edge.streams import echo_json
 
 
 @click.command()
@@ -17,15 +17,14 @@ from depthkv_edge.models import resolve_model
 @click.option("--kv-budget", metavar="BUDGET", help=f"KV cache: {FORMS}. Default: the model's own, or all of it.")
 @click.option("-c", "--ctx", type=int, metavar="TOKENS", help="Context. Default: what the model was trained for.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of a table.")
-@click.option("--plot", metavar="FILE.png", help="Draw sensitivity and cells of every layer.")
+@click.option("--plot", type=FILE, metavar="FILE.png", help="Draw sensitivity and cells of every layer.")
 def inspect(model: str, kv_budget: str | None, ctx: int | None, as_json: bool, plot: str | None) -> None:
     """Show how sensitive each layer is, and the KV cells it gets.
 
     MODEL is the path of a GGUF, or smollm2 for the packaged one. No weights are read.
     """
     budget = None if kv_budget is None else parse_budget(kv_budget)
-    if ctx is not None and ctx < 1:
-        raise DepthKVError(f"-c {ctx} is not above 0: give 1 or more")
+    check_positive(("-c", ctx))
     path = resolve_model(model)
 
     # imported here, so that what is wrong so far is said at once, and --help needs no library
@@ -38,6 +37,6 @@ def inspect(model: str, kv_budget: str | None, ctx: int | None, as_json: bool, p
 
         plot_inspection(inspection, Path(plot))
     if as_json:
-        click.echo(json.dumps(inspection.to_dict(), ensure_ascii=False, allow_nan=False))
+        echo_json(inspection.to_dict())
     else:
         print_inspection(inspection)

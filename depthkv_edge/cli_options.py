@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import click
 
 from depthkv_edge.budget import Auto, Budget, parse_size
+from depthkv_edge.checks import check_number
 from depthkv_edge.errors import DepthKVError
 
 KV_TYPES = {"f32": 0, "f16": 1, "bf16": 30, "q8_0": 8, "q4_0": 2}  # enum ggml_type
@@ -89,11 +89,13 @@ def check_positive(*options: tuple[str, int | None]) -> None:
     """Check options that count something.
 
     Raises:
-        DepthKVError: one of them is below 1; the message names it.
+        DepthKVError: one of them is below 1, or more than the engine can count; the message names it.
     """
     for name, value in options:
         if value is not None and value < 1:
             raise DepthKVError(f"{name} {value} is not above 0: give 1 or more")
+        if value is not None:
+            check_number(name, value, 1)
 
 
 def check_temperature(value: float) -> None:
@@ -106,8 +108,26 @@ def check_temperature(value: float) -> None:
         raise DepthKVError(f"--temp {value} is not a temperature: give 0 or more")
 
 
-def default_threads() -> int:
-    """The physical cores."""
-    import psutil
+def check_seed(value: int | None) -> None:
+    """Check `--seed`.
 
-    return psutil.cpu_count(logical=False) or os.cpu_count() or 1
+    Raises:
+        DepthKVError: the engine has no such seed.
+    """
+    if value is not None:
+        check_number("--seed", value, 0, 2**32 - 1)
+
+
+class FileName(click.ParamType):
+    """The name of a file or directory, which is not empty: an empty variable of a script is not the current folder."""
+
+    name = "file"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        if not value:
+            option = max(param.opts, key=len) if param and param.opts else "the name"
+            raise DepthKVError(f"{option} is empty: give the name of a file, or leave it out")
+        return str(value)
+
+
+FILE = FileName()

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from depthkv_edge.budget import FORMS, parse_budget
-from depthkv_edge.cli_options import MEMORY_HELP, parse_memory
+from depthkv_edge.cli_options import FILE, MEMORY_HELP, parse_memory
 from depthkv_edge.models import resolve_model
 from depthkv_edge.units import kv_share
 
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 @click.option(
     "--api-key", envvar="LLAMA_API_KEY", metavar="KEY", help="Clients must send it. Also read from LLAMA_API_KEY."
 )
-@click.option("--api-key-file", metavar="FILE", help="Keys that clients may send, one on a line.")
+@click.option("--api-key-file", type=FILE, metavar="FILE", help="Keys that clients may send, one on a line.")
 @click.option(
     "--parallel",
     type=int,

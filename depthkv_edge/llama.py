@@ -7,16 +7,19 @@ import ctypes
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
+import psutil
 
 from depthkv_edge import _log, _native
 from depthkv_edge._native import llama_cpp
 from depthkv_edge.budget import Auto, Budget, Fraction, FullCache, parse_budget
+from depthkv_edge.checks import check_number, check_threads
 from depthkv_edge.errors import DepthKVError
-from depthkv_edge.models import check_gguf
+from depthkv_edge.models import check_gguf, resolve_model
 from depthkv_edge.stats import KVStats, read_stats
+from depthkv_edge.units import mib
 
 _api = llama_cpp.llama_cpp
 
@@ -28,7 +31,20 @@ KEY_RECENT = "depthkv.recent_tokens"
 
 _ROWS_SATURATED = 2**21  # positions: beyond any sliding window, so that only the growing layers still grow
 
+# F32, F16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, IQ4_NL, BF16: what common/arg.cpp of llama.cpp takes
+_KV_TYPES = frozenset((0, 1, 2, 3, 6, 7, 8, 20, 30))
+
 Override = bool | int | float | str
+
+
+class _Closed:
+    """Stands in for the parts of a model that has been closed."""
+
+    def __init__(self, path: str):
+        self._path = path
+
+    def __getattr__(self, name: str) -> NoReturn:
+        raise DepthKVError(f"{self._path} has been closed: load it again")
 
 
 class Llama(llama_cpp.Llama):
@@ -73,7 +89,8 @@ class Llama(llama_cpp.Llama):
 
         budget = None if kv_budget is None else parse_budget(kv_budget)
         _check_options(scorer, rule, n_sink, n_recent, kwargs.get("n_ctx", 512))
-        check_gguf(Path(model_path))
+        _check_kwargs(kwargs)
+        check_gguf(Path(model_path) if model_path else resolve_model(""))
         if isinstance(budget, Auto):
             budget, kwargs["n_ubatch"] = _fit_free_memory(Path(model_path), kwargs, flash_attn, scorer, rule)
             kwargs.setdefault("use_mmap", False)  # see fit.py
@@ -125,16 +142,40 @@ class Llama(llama_cpp.Llama):
         if self._swa_full is None and self._budget < 1.0:
             # full-size caches for sliding windows would cost more than the budget saves
             params.swa_full = False
+        self._check_memory(model.model, params)
+
+    def _check_memory(self, model: Any, params: Any) -> None:
+        """Refuse at once what cannot be there; the engine would first set up and clear what it can get."""
+        if self.model_params.vocab_only or (self.model_params.n_gpu_layers and _api.llama_supports_gpu_offload()):
+            return
+        n_bytes = int(self._budget * _native.llama_depthkv_bytes_full(model, params))  # 0 if there is no budget for it
+        _native.clear_error()
+        total = psutil.virtual_memory().total
+        if n_bytes > total:
+            raise DepthKVError(
+                f"{self.model_path}: the KV cache takes {mib(n_bytes)} MiB, and this machine has {mib(total)} MiB of "
+                "memory: give a smaller context or KV budget"
+            )
 
     def kv_stats(self, seq_id: int = 0) -> KVStats:
-        """What the KV cache holds, with the occupancy of one sequence."""
-        return read_stats(self.ctx, self._budget, seq_id)
+        """What the KV cache holds, with the occupancy of one sequence.
+
+        Raises:
+            DepthKVError: there is no such sequence, or the model has been closed.
+        """
+        return read_stats(self.ctx, self._budget, self._check_sequence(seq_id))
 
     def kv_positions(self, layer: int, seq_id: int = 0) -> list[int]:
-        """Positions that the `layer`-th of `kv_stats().layers` holds for a sequence, ascending."""
+        """Positions that the `layer`-th of `kv_stats().layers` holds for a sequence, ascending.
+
+        Raises:
+            DepthKVError: there is no such layer or sequence, or the model has been closed.
+        """
         n = self.n_ctx()
         positions = (_api.llama_pos * n)()
-        held = _native.llama_depthkv_get_positions(self.ctx, layer, seq_id, positions, n)
+        held = _native.llama_depthkv_get_positions(
+            self.ctx, check_number("layer", layer), self._check_sequence(seq_id), positions, n
+        )
         if held < 0:
             raise DepthKVError(_native.last_error() or f"KV layer {layer} does not exist")
         return list(positions[: min(held, n)])
@@ -143,20 +184,50 @@ class Llama(llama_cpp.Llama):
         """Never evict positions [p0, p1) of a sequence. Removing the tokens removes the pin.
 
         Raises:
-            DepthKVError: the pinned tokens would leave no room for the recent window and one ubatch.
+            DepthKVError: the pinned tokens would leave no room for the recent window and one ubatch, a position or the
+                sequence does not exist, or the model has been closed.
         """
-        if not _native.llama_depthkv_pin(self.ctx, seq_id, p0, p1):
+        begin, end = (check_number(name, p, -1) for name, p in (("p0", p0), ("p1", p1)))
+        if not _native.llama_depthkv_pin(self.ctx, self._check_sequence(seq_id), begin, end):
             raise DepthKVError(
                 _native.last_error() or f"positions {p0} to {p1} cannot be pinned: give a larger KV budget"
             )
 
     def unpin(self, seq_id: int = 0) -> None:
-        """Let every pinned position of a sequence be evicted again."""
-        _native.llama_depthkv_unpin(self.ctx, seq_id)
+        """Let every pinned position of a sequence be evicted again.
+
+        Raises:
+            DepthKVError: there is no such sequence, or the model has been closed.
+        """
+        _native.llama_depthkv_unpin(self.ctx, self._check_sequence(seq_id))
+
+    def close(self) -> None:
+        """Free the model. What is asked of it later is refused, where the base class reads memory that is gone."""
+        super().close()
+        gone = _Closed(getattr(self, "model_path", "the model"))
+        for name in ("_model", "_ctx", "_batch", "tokenizer_"):
+            if name in self.__dict__:
+                self.__dict__[name] = gone
+
+    def _check_sequence(self, seq_id: int) -> int:
+        return check_number("sequence", seq_id, 0, _api.llama_n_seq_max(self.ctx) - 1)
 
     def __getstate__(self) -> dict[str, Any]:
         # the base class rebuilds from the context's parameters, where the engine's own choices no longer show as such
         return super().__getstate__() | {"flash_attn": self._flash_attn, "swa_full": self._swa_full}
+
+
+def _check_kwargs(kwargs: Mapping[str, Any]) -> None:
+    for name, least in (("n_batch", 1), ("n_ubatch", 1)):
+        if kwargs.get(name) is not None:
+            check_number(name, kwargs[name], least)
+    for name in ("n_threads", "n_threads_batch"):
+        if kwargs.get(name):  # 0 and None are the base class's own choice
+            check_threads(name, kwargs[name])
+    for name in ("type_k", "type_v"):
+        if kwargs.get(name) is not None and check_number(name, kwargs[name]) not in _KV_TYPES:
+            known = ", ".join(str(number) for number in sorted(_KV_TYPES))
+            raise DepthKVError(f"{name} {kwargs[name]} is no type of a KV cache: give one of {known} (enum ggml_type)")
 
 
 def _check_options(scorer: str | None, rule: str | None, n_sink: int | None, n_recent: int | None, n_ctx: int) -> None:
@@ -165,8 +236,10 @@ def _check_options(scorer: str | None, rule: str | None, n_sink: int | None, n_r
     if rule is not None and rule not in _native.RULES:
         raise DepthKVError(f"allocation rule {rule!r} is not known: give one of {', '.join(_native.RULES)}")
     for name, value in (("n_sink", n_sink), ("n_recent", n_recent), ("n_ctx", n_ctx)):
-        if value is not None and value < 0:
+        if value is not None and not isinstance(value, float) and value < 0:
             raise DepthKVError(f"{name} {value} is negative: give 0 or more")
+        if value is not None:
+            check_number(name, value)
 
 
 def _fit_free_memory(

@@ -12,6 +12,8 @@ import os
 import sys
 from pathlib import Path
 
+import click
+
 from depthkv_edge.errors import DepthKVError
 
 
@@ -38,7 +40,7 @@ def _activate() -> None:
         reason = f"{error}{_way_out()}"
         if not _is_command():
             raise DepthKVError(reason) from error
-        print(f"depthkv-edge: {reason}", file=sys.stderr)
+        click.echo(f"depthkv-edge: {reason}", err=True)  # which minds no closed stream
         sys.exit(2)
 
 

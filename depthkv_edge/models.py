@@ -34,6 +34,8 @@ def resolve_model(name: str) -> Path:
     Raises:
         DepthKVError: the package is missing, or the file is missing or not a GGUF.
     """
+    if not name:
+        raise DepthKVError(f"no model is named: give the path of a .gguf file, or {', '.join(PACKAGED)}")
     path = packaged_path(name) if name in PACKAGED else Path(name)
     check_gguf(path)
     return path

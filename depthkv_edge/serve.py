@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from depthkv_edge import _library
 from depthkv_edge.budget import Auto, Budget
+from depthkv_edge.checks import check_number, check_threads
 from depthkv_edge.errors import DepthKVError
 
 if TYPE_CHECKING:
@@ -49,6 +50,7 @@ _FITTED_DEFAULTS = (
 )
 
 _UBATCH = ("--ubatch-size", "-ub")
+_THREADS = "-t --threads -tb --threads-batch --threads-http -td --threads-draft -tbd --threads-batch-draft".split()
 _DRAFT_MODELS = "--spec-draft-model -md --model-draft --spec-draft-hf -hfd -hfrd --hf-repo-draft".split()
 
 # What the user says before the `--`: the way to say it there, by every spelling of it.
@@ -123,6 +125,7 @@ def prepare(settings: ServeSettings, environment: Mapping[str, str] = os.environ
     """
     _check_numbers(settings)
     _check_extra(settings.extra)
+    _check_extra_threads(settings.extra)
     _check_fitted(settings)
     keys = _check_keys(settings)
     _check_host(settings.host, settings.port, protected=bool(keys))
@@ -182,6 +185,8 @@ def _check_numbers(settings: ServeSettings) -> None:
     for name, value in (("-c", settings.n_ctx), ("--parallel", settings.parallel)):
         if value is not None and value < 1:
             raise DepthKVError(f"{name} {value} is not above 0: give 1 or more")
+        if value is not None:
+            check_number(name, value)
     if not 1 <= settings.port <= 65535:
         raise DepthKVError(f"--port {settings.port} is not a port: give 1 to 65535")
 
@@ -195,6 +200,13 @@ def _check_extra(extra: tuple[str, ...]) -> None:
             )
         if name == "--override-kv" and "depthkv.budget=" in value:
             raise DepthKVError(f"{flag} {value} after -- is a second KV budget: use --kv-budget before it")
+
+
+def _check_extra_threads(extra: tuple[str, ...]) -> None:
+    for flag, value in itertools.pairwise(extra):
+        # what is no number is for the server to refuse; below 1 is its word for all cores
+        if _spelled(flag) in _THREADS and value.isdecimal() and int(value[:20]) > 0:
+            check_threads(f"{flag} after --:", int(value[:20]))
 
 
 def _check_fitted(settings: ServeSettings) -> None:

@@ -19,11 +19,11 @@ from benchmarks.peers.plan import FACTS, KVPRESS_STORE, ONCE, OURS_STORE, Plan
 from benchmarks.peers.table import build_report, print_report
 from depthkv_edge import __version__
 from depthkv_edge.calibration import Calibration, read_calibration
+from depthkv_edge.checks import default_threads
 from depthkv_edge.errors import DepthKVError
 from depthkv_edge.evaluation.engine import Model, load_model
 from depthkv_edge.evaluation.f32 import write_f32
 from depthkv_edge.evaluation.rows import FULL, Row, kv_bytes
-from depthkv_edge.evaluation.settings import default_threads
 from depthkv_edge.evaluation.store import Store, digest
 from depthkv_edge.facts import engine_facts, machine_facts, model_facts
 from depthkv_edge.models import resolve_model

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from dataclasses import dataclass
 from pathlib import Path
-
-import psutil
 
 from depthkv_edge import __version__
 from depthkv_edge.evaluation.store import digest
@@ -59,8 +56,3 @@ class Settings:
             "settings": [self.n_ctx, self.windows, self.n_items, self.reference, self.seed, self.n_threads],
         }
         return digest(facts)
-
-
-def default_threads() -> int:
-    """The physical cores."""
-    return psutil.cpu_count(logical=False) or os.cpu_count() or 1

@@ -15,9 +15,6 @@
 // tokens freed at once while decoding, so that most steps do not have to evict at all
 static constexpr uint32_t n_evict_batch = 64;
 
-// positions are computed with in 32 bits, far beyond any context
-static constexpr llama_pos n_pos_max = 1 << 24;
-
 // a layer counts attention this many tokens before it first has to evict, so that the first choice is not a blind one
 static constexpr uint32_t n_warmup = 512;
 
@@ -35,6 +32,24 @@ static uint32_t llama_kv_depth_n_rot(ggml_type type, uint32_t n_embd_head, bool 
     }
 
     return res;
+}
+
+// a system that overcommits would grant any size, and kill the process when the buffer is cleared
+static void llama_kv_depth_check_memory(ggml_backend_buffer_type_t buft, size_t size) {
+    auto * dev = ggml_backend_buft_get_device(buft);
+    if (!dev) {
+        return;
+    }
+
+    size_t free  = 0;
+    size_t total = 0;
+    ggml_backend_dev_memory(dev, &free, &total);
+
+    // 0: not known
+    if (total > 0 && size > total) {
+        throw std::runtime_error(format("the KV cache takes %.0f MiB, and all of %s is %.0f MiB: give a smaller context or KV budget",
+                size/1024.0/1024.0, ggml_backend_dev_name(dev), total/1024.0/1024.0));
+    }
 }
 
 void llama_kv_cache_depth::stream_state::clear() {
@@ -117,11 +132,6 @@ llama_kv_cache_depth::llama_kv_cache_depth(
         layer.n_rot_k = llama_kv_depth_n_rot(pl.type_k, n_embd_head_k, true);
         layer.n_rot_v = llama_kv_depth_n_rot(pl.type_v, n_embd_head_v, false);
 
-        layer.cells.resize(n_stream);
-        for (auto & cells : layer.cells) {
-            cells.resize(pl.cells);
-        }
-
         map_layer_ids[il] = layers.size();
 
         layers.push_back(std::move(layer));
@@ -143,6 +153,7 @@ llama_kv_cache_depth::llama_kv_cache_depth(
                 t->buffer = buf; // set dummy buffer so that the backend scheduler won't try to allocate it
             }
         } else {
+            llama_kv_depth_check_memory(buft, ggml_backend_alloc_ctx_tensors_from_buft_size(ctx.get(), buft));
             buf = ggml_backend_alloc_ctx_tensors_from_buft(ctx.get(), buft); // real buffer
         }
         if (!buf) {
@@ -153,6 +164,13 @@ llama_kv_cache_depth::llama_kv_cache_depth(
 
         ggml_backend_buffer_clear(buf, 0);
         ctxs_bufs.emplace_back(std::move(ctx), buf);
+    }
+
+    for (auto & layer : layers) {
+        layer.cells.resize(n_stream);
+        for (auto & cells : layer.cells) {
+            cells.resize(layer.n_cells);
+        }
     }
 
     streams.resize(n_stream);
@@ -242,7 +260,7 @@ llama_memory_context_ptr llama_kv_cache_depth::init_batch(llama_batch_allocr & b
         for (uint32_t i = 0; i < ubatch.n_tokens; ++i) {
             const uint32_t strm = ubatch.seq_id[i][0];
 
-            if (ubatch.pos[i] > n_pos_max) {
+            if (ubatch.pos[i] > llama_kv_depth_pos_max) {
                 return fail("a position is out of range");
             }
 
@@ -514,8 +532,8 @@ void llama_kv_cache_depth::seq_add(llama_seq_id seq_id, llama_pos p0, llama_pos 
 
     auto & stream = streams[seq_id];
 
-    if (shift > n_pos_max - std::min(stream.pos_max, p1)) {
-        LLAMA_LOG_ERROR("%s: positions up to %d of sequence %d cannot move by %d: the last one is %d\n", __func__, stream.pos_max, seq_id, shift, n_pos_max);
+    if (shift > llama_kv_depth_pos_max - std::min(stream.pos_max, p1)) {
+        LLAMA_LOG_ERROR("%s: positions up to %d of sequence %d cannot move by %d: the last one is %d\n", __func__, stream.pos_max, seq_id, shift, llama_kv_depth_pos_max);
         return;
     }
 
@@ -1459,7 +1477,7 @@ void llama_kv_cache_depth::state_read_stream(llama_io_read_i & io, uint32_t strm
 
     io.read(&stream.pos_min, sizeof(stream.pos_min));
     io.read(&stream.pos_max, sizeof(stream.pos_max));
-    if (stream.pos_min < -1 || stream.pos_max < stream.pos_min || stream.pos_max > n_pos_max) {
+    if (stream.pos_min < -1 || stream.pos_max < stream.pos_min || stream.pos_max > llama_kv_depth_pos_max) {
         throw std::runtime_error("the saved KV state has invalid positions");
     }
 

@@ -466,6 +466,10 @@ llama_kv_depth_plan llama_kv_depth_plan_init(
     if (!cparams.causal_attn) {
         throw std::runtime_error("KV budget is not defined for non-causal attention");
     }
+    if (cparams.n_ctx_seq > (uint32_t) llama_kv_depth_pos_max) {
+        throw std::runtime_error(format("a context of %u tokens is longer than the %d positions of a KV budget: give a smaller one",
+                cparams.n_ctx_seq, llama_kv_depth_pos_max));
+    }
 
     llama_kv_depth_plan res;
 

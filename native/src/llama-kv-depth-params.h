@@ -11,6 +11,9 @@ struct llama_cparams;
 struct llama_model;
 struct llama_model_loader;
 
+// the last position: computed with in 32 bits, far beyond any context
+static constexpr llama_pos llama_kv_depth_pos_max = 1 << 24;
+
 // what is asked for: from the keys of the model, overridden by the caller (native/include/llama-depthkv.h)
 struct llama_kv_depth_params {
     // fraction of the full cache, 0: no budget

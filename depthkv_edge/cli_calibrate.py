@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from depthkv_edge.cli_options import FILE, check_positive, check_seed
+from depthkv_edge.cli_options import FILE, check_positive
 from depthkv_edge.errors import DepthKVError
 from depthkv_edge.streams import echo_json
 
@@ -73,9 +73,10 @@ def calibrate(
     calibration goes on where it was when the same command runs again. Under `accelerate launch` the windows are split
     over its processes.
     """
+    if not hf_model:
+        raise DepthKVError("no model is named: give a Hugging Face directory, the path of a .gguf file, or smollm2")
     keep_ratios = _parse_ratios(ratios)
     check_positive(("--windows", windows), ("--window-tokens", window_tokens))
-    check_seed(seed)
     for package in _PACKAGES:
         if find_spec(package) is None:
             raise DepthKVError(f"calibration needs {package}, which is not installed: run `{_INSTALL}`")

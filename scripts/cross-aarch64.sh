@@ -19,6 +19,7 @@ native=build/engine/bin
 [ -x $native/depth-zoo-make ] || scripts/setup.sh --test >&2
 PATH=$PWD/.venv/bin:$PATH # cmake and ninja may live there
 export PATH QEMU_LD_PREFIX="${QEMU_LD_PREFIX-/usr/$triple}"
+export OMP_WAIT_POLICY=passive OMP_THREAD_LIMIT=2 # emulated threads that spin keep the others from running
 
 dir=build/aarch64
 log=$dir/build.log

@@ -93,7 +93,7 @@ struct llama_depthkv_stats {
     uint32_t n_ubatch;
     size_t   bytes;         // K and V allocated, all layers and sequences, SWA layers included
     size_t   bytes_full;    // the same for the full cache
-    size_t   bytes_scorer;  // query samples and other eviction state on the device; without weights: the most it can become
+    size_t   bytes_scorer;  // query samples, and the buffers that scoring and context shifts compute in: all there from the start
     size_t   bytes_compute; // temporary buffers of all backends, for the largest ubatch
     size_t   bytes_work;    // bound of what the CPU backend needs beside them to convert operands
     uint64_t n_score;       // scoring passes

@@ -47,6 +47,14 @@ command -v ninja > /dev/null || build_tools="$build_tools ninja"
 # shellcheck disable=SC2086
 quiet_pip install $build_tools
 
+# First, or pip finds fault with the bindings, whose own dependencies come last.
+if [ -n "$with_torch" ] && [ -z "$("$venv_python" -c "
+from importlib import metadata
+print(*(d.version for d in metadata.distributions(name='torch')))")" ]; then
+    echo "Installing torch"
+    quiet_pip install torch==2.13.0
+fi
+
 # The bindings come from the archive that the engine is built from, without their own copy of the library.
 cache=${XDG_CACHE_HOME:-$HOME/.cache}/depthkv-edge
 lock=native/llama.cpp.lock
@@ -59,13 +67,6 @@ if [ "$installed" != "$version" ]; then
     archive=$("$venv_python" cmake/llama_source.py fetch --lock "$lock" --cache "$cache" | tail -n 1)
     [ -f "$archive" ] || fail "the llama.cpp sources could not be fetched, see above"
     ( CMAKE_ARGS=-DLLAMA_BUILD=OFF; export CMAKE_ARGS; quiet_pip install --no-build-isolation --no-deps "$archive" ) || exit 1
-fi
-
-if [ -n "$with_torch" ] && [ -z "$("$venv_python" -c "
-from importlib import metadata
-print(*(d.version for d in metadata.distributions(name='torch')))")" ]; then
-    echo "Installing torch"
-    quiet_pip install torch==2.13.0
 fi
 
 log=build/setup.log

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import operator
 import os
 from typing import Any
@@ -40,19 +41,20 @@ def check_threads(name: str, value: Any) -> int:
     """
     cores = os.cpu_count() or 1
     most = min(MAX_THREADS, max(_FEW_THREADS, _THREADS_PER_CORE * cores))
-    number = check_number(name, value, -INT32_MAX, 10**18)
-    if number < 1:
-        raise DepthKVError(f"{name} {number} is not above 0: give 1 or more")
-    if number > most:
-        raise DepthKVError(f"{name} {number} is far above the {cores} cores of this machine: give 1 to {most}")
-    return number
+    with contextlib.suppress(TypeError):
+        number = operator.index(value)
+        if number > most:
+            raise DepthKVError(
+                f"{name} {_short(number)} is far above the {cores} cores of this machine: give 1 to {most}"
+            )
+    return check_number(name, value, 1, most)
 
 
 def default_threads() -> int:
-    """The physical cores."""
+    """The physical cores, or as many as the engine has room for."""
     import psutil  # imported here: not every use of the package counts them
 
-    return psutil.cpu_count(logical=False) or os.cpu_count() or 1
+    return min(MAX_THREADS, psutil.cpu_count(logical=False) or os.cpu_count() or 1)
 
 
 def _short(number: int) -> str:

@@ -15,7 +15,7 @@ import psutil
 from depthkv_edge import _log, _native
 from depthkv_edge._native import llama_cpp
 from depthkv_edge.budget import Auto, Budget, Fraction, FullCache, parse_budget
-from depthkv_edge.checks import check_number, check_threads
+from depthkv_edge.checks import MAX_THREADS, check_number, check_threads
 from depthkv_edge.errors import DepthKVError
 from depthkv_edge.models import check_gguf, resolve_model
 from depthkv_edge.stats import KVStats, read_stats
@@ -90,6 +90,7 @@ class Llama(llama_cpp.Llama):
         budget = None if kv_budget is None else parse_budget(kv_budget)
         _check_options(scorer, rule, n_sink, n_recent, kwargs.get("n_ctx", 512))
         _check_kwargs(kwargs)
+        kwargs |= _threads(kwargs)
         check_gguf(Path(model_path) if model_path else resolve_model(""))
         if isinstance(budget, Auto):
             budget, kwargs["n_ubatch"] = _fit_free_memory(Path(model_path), kwargs, flash_attn, scorer, rule)
@@ -219,10 +220,10 @@ class Llama(llama_cpp.Llama):
 
 def _check_kwargs(kwargs: Mapping[str, Any]) -> None:
     for name, least in (("n_batch", 1), ("n_ubatch", 1)):
-        if kwargs.get(name) is not None:
+        if name in kwargs:
             check_number(name, kwargs[name], least)
     for name in ("n_threads", "n_threads_batch"):
-        if kwargs.get(name):  # 0 and None are the base class's own choice
+        if kwargs.get(name) not in (None, 0):  # which are for `_threads` to choose
             check_threads(name, kwargs[name])
     for name in ("type_k", "type_v"):
         if kwargs.get(name) is not None and check_number(name, kwargs[name]) not in _KV_TYPES:
@@ -230,16 +231,22 @@ def _check_kwargs(kwargs: Mapping[str, Any]) -> None:
             raise DepthKVError(f"{name} {kwargs[name]} is no type of a KV cache: give one of {known} (enum ggml_type)")
 
 
+def _threads(kwargs: Mapping[str, Any]) -> dict[str, int]:
+    """What was asked for, or what the base class would take, as far as the engine has room for it."""
+    cores = os.cpu_count() or 1
+    own = {"n_threads": max(cores // 2, 1), "n_threads_batch": cores}
+    return {name: kwargs.get(name) or min(MAX_THREADS, number) for name, number in own.items()}
+
+
 def _check_options(scorer: str | None, rule: str | None, n_sink: int | None, n_recent: int | None, n_ctx: int) -> None:
     if scorer is not None and scorer not in _native.SCORERS:
         raise DepthKVError(f"scorer {scorer!r} is not known: give one of {', '.join(_native.SCORERS)}")
     if rule is not None and rule not in _native.RULES:
         raise DepthKVError(f"allocation rule {rule!r} is not known: give one of {', '.join(_native.RULES)}")
-    for name, value in (("n_sink", n_sink), ("n_recent", n_recent), ("n_ctx", n_ctx)):
-        if value is not None and not isinstance(value, float) and value < 0:
-            raise DepthKVError(f"{name} {value} is negative: give 0 or more")
+    for name, value in (("n_sink", n_sink), ("n_recent", n_recent)):
         if value is not None:
             check_number(name, value)
+    check_number("n_ctx", n_ctx)
 
 
 def _fit_free_memory(

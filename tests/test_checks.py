@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from depthkv_edge import DepthKVError, Llama
-from depthkv_edge.checks import INT32_MAX, check_number, check_threads
+from depthkv_edge.checks import INT32_MAX, MAX_THREADS, check_number, check_threads, default_threads
 from depthkv_edge.cli import cli as command
 from depthkv_edge.cli import main
 
@@ -45,6 +45,38 @@ def test_numbers_of_numpy_are_numbers():
 def test_threads(value):
     with pytest.raises(DepthKVError, match="^n_threads "):
         check_threads("n_threads", value)
+
+
+@pytest.mark.parametrize(
+    ("value", "why"),
+    [
+        (0.5, "0.5 is not a whole number"),
+        ("4", "'4' is not a whole number"),
+        (0, "0 is out of range"),
+        (-1, "-1 is out of range"),
+        (65, "65 is far above the 2 cores of this machine"),
+        (10**19, f"{10**19} is far above the 2 cores of this machine"),
+        (10**40, "of more than 30 digits is far above the 2 cores of this machine"),
+    ],
+)
+def test_how_many_threads_there_may_be(monkeypatch, value, why):
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    with pytest.raises(DepthKVError, match=rf"^n_threads {why}: give 1 to 64$"):
+        check_threads("n_threads", value)
+
+
+def test_more_cores_than_the_engine_has_room_for(monkeypatch, smollm2):
+    monkeypatch.setattr("os.cpu_count", lambda: 1100)
+    monkeypatch.setattr("psutil.cpu_count", lambda logical=True: 1100)
+    assert check_threads("--threads", default_threads()) == MAX_THREADS
+    for threads in ({}, {"n_threads": None, "n_threads_batch": 0}):
+        llama = Llama(smollm2, n_ctx=64, verbose=False, **threads)
+        params = llama.context_params
+        llama.close()
+        assert (params.n_threads, params.n_threads_batch) == (MAX_THREADS, MAX_THREADS)
+    llama = Llama(smollm2, n_ctx=64, verbose=False, n_threads=3)
+    llama.close()
+    assert (llama.context_params.n_threads, llama.context_params.n_threads_batch) == (3, MAX_THREADS)
 
 
 @pytest.fixture(scope="module")
@@ -82,10 +114,25 @@ def test_layers(llama, layer):
 
 
 @pytest.mark.parametrize("name", ["n_ctx", "n_batch", "n_ubatch", "n_sink", "n_recent", "n_threads", "type_k"])
-@given(value=st.one_of(st.integers(max_value=-1), st.integers(min_value=INT32_MAX + 1), st.just(0.5)))
+@given(
+    value=st.one_of(
+        st.integers(max_value=-1),
+        st.integers(min_value=INT32_MAX + 1),
+        st.just(0.5),
+        st.text(st.characters(exclude_categories=["Cs"]), max_size=3),
+        st.just("512"),
+    )
+)
 def test_arguments(smollm2, name, value):
     with pytest.raises(DepthKVError, match=name):
         Llama(smollm2, verbose=False, **{name: value})
+
+
+@pytest.mark.parametrize("name", ["n_ctx", "n_batch", "n_ubatch"])
+def test_arguments_that_have_to_be_there(smollm2, name):
+    """The base class has no other meaning for None than for a number."""
+    with pytest.raises(DepthKVError, match=f"{name} None is not a whole number"):
+        Llama(smollm2, verbose=False, **{name: None})
 
 
 @pytest.mark.parametrize("value", [4, 9, 15, 31, 39, 999])

@@ -69,13 +69,14 @@ def prepare_streams() -> None:
     """Make the standard streams safe to use. To be called before anything else is opened.
 
     A stream that is closed is taken by the null device, opened the wrong way round: using it fails, and no file that is
-    opened later can come by its number, where messages of the engine would be written into it.
+    opened later can come by its number, where messages of the engine would be written into it. That holds for a program
+    that this process becomes, too.
     """
     for fd, mode in ((0, os.O_WRONLY), (1, os.O_RDONLY), (2, os.O_WRONLY)):
         try:
             os.fstat(fd)
         except OSError:
-            os.open(os.devnull, mode)
+            os.set_inheritable(os.open(os.devnull, mode), True)
     sys.stdin = sys.stdin or open(0, encoding="utf-8", closefd=False)
     # characters that its encoding does not have are question marks; what is JSON has none of them
     sys.stdout = _rewrapped(_Output, sys.stdout, 1, "replace")

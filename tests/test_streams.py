@@ -16,6 +16,7 @@ RUN = ["run", "smollm2", "-c", "256", "-n", "4", "-p"]
 CHAT = ["chat", "smollm2", "-c", "256", "-n", "4", "--temp", "0"]
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="the redirections are a shell's")
+FULL = pytest.mark.skipif(not os.path.exists("/dev/full"), reason="the system has no device that is full")
 
 
 def redirected(*arguments: str, to: str, stdin: bytes = b"", **environment: str) -> Outcome:
@@ -41,7 +42,7 @@ def test_closed_input(arguments):
     assert "standard input cannot be read (it is closed)" in line(redirected(*arguments, to="<&-"))
 
 
-@pytest.mark.parametrize("to", [">/dev/full", ">&-"])
+@pytest.mark.parametrize("to", [pytest.param(">/dev/full", marks=FULL), ">&-"])
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -66,7 +67,7 @@ def test_output_that_cannot_be_written(arguments, to):
     assert "standard output cannot be written (" in line(outcome) and outcome.out == ""
 
 
-@pytest.mark.parametrize("to", ["2>&-", "2>/dev/full"])
+@pytest.mark.parametrize("to", ["2>&-", pytest.param("2>/dev/full", marks=FULL)])
 def test_messages_that_cannot_be_written(to):
     """The answer does not depend on them, and no file gets the number of the closed stream."""
     expected = redirected(*RUN, "Hello", to="2>/dev/null")
@@ -80,6 +81,21 @@ def test_a_closed_stream_damages_no_file(smollm2, tmp_path):
     plot = tmp_path / "plot.png"
     assert redirected("inspect", "smollm2", "--plot", str(plot), to="<&- >/dev/null 2>&-").code == 0
     assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_program_that_follows_has_all_three(tmp_path):
+    """As `serve` becomes the server: what it opens must not get the number of a stream."""
+    found = tmp_path / "found"
+    check = f"import os; open({str(found)!r}, 'w').write(repr([os.fstat(fd).st_rdev for fd in range(3)]))"
+    code = (
+        "import os, sys\n"
+        "from depthkv_edge.streams import prepare_streams\n"
+        "prepare_streams()\n"
+        f"os.execv(sys.executable, [sys.executable, '-S', '-c', {check!r}])\n"
+    )
+    command = shlex.join([sys.executable, "-c", code])
+    subprocess.run(["sh", "-c", f"exec {command} <&- >&- 2>&-"], timeout=300)
+    assert found.read_text() == repr([os.stat(os.devnull).st_rdev] * 3)
 
 
 @pytest.mark.parametrize(

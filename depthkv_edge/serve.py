@@ -6,6 +6,7 @@ import errno
 import ipaddress
 import itertools
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -50,7 +51,11 @@ _FITTED_DEFAULTS = (
 )
 
 _UBATCH = ("--ubatch-size", "-ub")
-_THREADS = "-t --threads -tb --threads-batch --threads-http -td --threads-draft -tbd --threads-batch-draft".split()
+_THREADS = (
+    "-t --threads -tb --threads-batch --threads-http --spec-draft-threads -td --threads-draft "
+    "--spec-draft-threads-batch -tbd --threads-batch-draft"
+).split()
+_THREAD_VARIABLES = {"LLAMA_ARG_THREADS": ("-t", "--threads"), "LLAMA_ARG_THREADS_HTTP": ("--threads-http",)}
 _DRAFT_MODELS = "--spec-draft-model -md --model-draft --spec-draft-hf -hfd -hfrd --hf-repo-draft".split()
 
 # What the user says before the `--`: the way to say it there, by every spelling of it.
@@ -125,7 +130,7 @@ def prepare(settings: ServeSettings, environment: Mapping[str, str] = os.environ
     """
     _check_numbers(settings)
     _check_extra(settings.extra)
-    _check_extra_threads(settings.extra)
+    _check_extra_threads(settings.extra, environment)
     _check_fitted(settings)
     keys = _check_keys(settings)
     _check_host(settings.host, settings.port, protected=bool(keys))
@@ -202,11 +207,16 @@ def _check_extra(extra: tuple[str, ...]) -> None:
             raise DepthKVError(f"{flag} {value} after -- is a second KV budget: use --kv-budget before it")
 
 
-def _check_extra_threads(extra: tuple[str, ...]) -> None:
-    for flag, value in itertools.pairwise(extra):
+def _check_extra_threads(extra: tuple[str, ...], environment: Mapping[str, str]) -> None:
+    given = [(f"{flag} after --:", value) for flag, value in itertools.pairwise(extra) if _spelled(flag) in _THREADS]
+    for variable, flags in _THREAD_VARIABLES.items():
+        if variable in environment and not _given(extra, *flags):  # an argument wins
+            given.append((variable, environment[variable]))
+    for name, value in given:
         # what is no number is for the server to refuse; below 1 is its word for all cores
-        if _spelled(flag) in _THREADS and value.isdecimal() and int(value[:20]) > 0:
-            check_threads(f"{flag} after --:", int(value[:20]))
+        number = re.match(r"\s*\+?([0-9]{1,20})", value)  # as common/arg.cpp does, which stops at what is no digit
+        if number and int(number[1]) > 0:
+            check_threads(name, int(number[1]))
 
 
 def _check_fitted(settings: ServeSettings) -> None:

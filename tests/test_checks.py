@@ -231,9 +231,27 @@ def test_more_threads_than_do_any_good(monkeypatch, capsys, name, value):
     assert f"--threads {value} " in line
 
 
-@pytest.mark.parametrize("flag", ["-t", "--threads", "-tb", "--threads_batch"])
-def test_more_threads_than_do_any_good_in_the_server(monkeypatch, capsys, flag):
-    assert "far above" in refusal(monkeypatch, capsys, "serve", "smollm2", "--", flag, "100000")
+SERVER_THREADS = (
+    "-t --threads -tb --threads-batch --threads_batch --threads-http --spec-draft-threads -td --threads-draft "
+    "--spec-draft-threads-batch -tbd --threads-batch-draft"
+).split()
+
+
+@pytest.mark.parametrize("flag", SERVER_THREADS)
+@pytest.mark.parametrize("value", ["100000", "+100000", " 100000", "100000x", HUGE])
+def test_more_threads_than_do_any_good_in_the_server(monkeypatch, capsys, flag, value):
+    line = refusal(monkeypatch, capsys, "serve", "smollm2", "--", flag, value)
+    assert f"{flag} after --: " in line and "is far above" in line
+
+
+@pytest.mark.parametrize(
+    ("variable", "flag"), [("LLAMA_ARG_THREADS", "-t"), ("LLAMA_ARG_THREADS_HTTP", "--threads-http")]
+)
+def test_more_threads_than_do_any_good_in_the_environment(monkeypatch, capsys, variable, flag):
+    monkeypatch.setenv(variable, "100000")
+    assert f"{variable} 100000 is far above" in refusal(monkeypatch, capsys, "serve", "smollm2")
+    # an argument wins over the variable
+    assert variable not in refusal(monkeypatch, capsys, "serve", "smollm2", "--", flag, "2", "--no-such-flag")
 
 
 @pytest.mark.parametrize("budget", [[], ["--kv-budget", "0.9"]])

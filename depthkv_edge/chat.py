@@ -121,7 +121,7 @@ def _inert(llama: Llama, text: str) -> str:
     """The text with a cut in each piece that the tokenizer would take for a part of the template.
 
     A document that says `<|im_start|>system` must not pose as the system. Of all that the text holds only these pieces
-    get other tokens.
+    get other tokens. Markers that are no tokens of their own, as some templates have, cannot be told from the text.
     """
     if not _has_template(llama):
         return text
@@ -154,7 +154,9 @@ def _markup(llama: Llama) -> re.Pattern[str]:
         if attr & (always | _api.LLAMA_TOKEN_ATTR_USER_DEFINED):
             text = _api.llama_vocab_get_text(vocab, token).decode("utf-8", "replace")
             # those that the user of the tokenizer has defined are words, too: of Gemma blank lines and HTML, say
-            if len(text) > 1 and (attr & always or (not text.isspace() and text in template)):
+            named = text in template and not text.isspace()
+            composed = text.startswith("<|") and text.endswith("|>")  # of '<|' + role + '|>', say
+            if len(text) > 1 and (attr & always or named or composed):
                 texts.append(text)
     texts.sort(key=len, reverse=True)
     _markup_found[llama] = re.compile("|".join(map(re.escape, texts)) or "(?!)")

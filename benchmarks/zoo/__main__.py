@@ -7,25 +7,16 @@
 
 from __future__ import annotations
 
-import re
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
 import click
 
-from benchmarks.zoo.check import check_shape
+from benchmarks.zoo.check import check_shape, refused
 from benchmarks.zoo.page import PAGE, render, row
 from benchmarks.zoo.shapes import SHAPES
-from benchmarks.zoo.write import PROGRAMS, write_model
-
-
-def refused(directory: Path) -> list[tuple[str, str]]:
-    """Architectures that have no budget, and why, from the tiny models of upstream's test-llama-archs."""
-    subprocess.run([PROGRAMS / "test-llama-archs", "-o", f"{directory}/"], check=True, capture_output=True)
-    done = subprocess.run([PROGRAMS / "test-depth-archs", directory], check=True, capture_output=True, text=True)
-    return sorted(set(re.findall(r"refused: .* architecture '(.+?)': (.+)$", done.stdout, re.MULTILINE)))
+from benchmarks.zoo.write import write_model
 
 
 @click.command()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -10,6 +11,8 @@ from pathlib import Path
 
 from benchmarks.zoo.shapes import Shape
 from benchmarks.zoo.write import PROGRAMS, write_model
+from depthkv_edge import _log, _native
+from depthkv_edge.llama import load_without_weights
 
 
 @dataclass(frozen=True)
@@ -73,6 +76,26 @@ def check_shape(shape: Shape, directory: Path) -> Check:
     ran = _attempts(part)
     part.unlink()
     return Check(shape, created, ran, doctor, len(inspection["kv"]["layers"]))
+
+
+def refused(directory: Path) -> list[tuple[str, str]]:
+    """Architectures that have no budget, and why, from the tiny models of upstream's test-llama-archs.
+
+    Raises:
+        RuntimeError: a refusal does not say which architecture it is about.
+        subprocess.CalledProcessError: the models could not be written.
+    """
+    subprocess.run([PROGRAMS / "test-llama-archs", "-o", f"{directory}/"], check=True, capture_output=True)
+    found = set()
+    for path in directory.glob("*.gguf"):
+        with _log.capture_errors(False), load_without_weights(str(path)) as model:
+            if _native.llama_depthkv_layer_count(model) >= 0:
+                continue
+        line = re.search(r"architecture '(.+?)': (.+)$", _native.last_error())
+        if line is None:
+            raise RuntimeError(f"{path.name} is refused without its architecture: {_native.last_error()}")
+        found.add((line[1], line[2]))
+    return sorted(found)
 
 
 def _attempts(model: Path, *options: str) -> list[Attempt]:

@@ -22,7 +22,7 @@ _HEADERS = (
     "context shift",
 )
 
-_TOP = """\
+TOP = """\
 # What works on which model
 
 Written by `.venv/bin/python -m benchmarks.zoo` (some minutes on two cores); the test suite repeats it. Each model is a
@@ -33,7 +33,8 @@ the architecture allows it.
 - **All layers**, in every combination: a context with a budget of 40 % is made; `doctor` and `inspect` read the file.
 - **A few layers**, in every combination: with room for everything the logits are those of stock llama.cpp (normalised
   squared error below 1e-10), also after a context shift. With half of the cells a prompt larger than they are is read,
-  tokens are decoded, the context shifts, and the sequence is saved and restored.
+  tokens are decoded, the context shifts, and the sequence is saved and restored. Prompts have 200 tokens and sliding
+  windows 64 here, whatever the real model's.
 
 A type is listed with the attention kernels that it works with: `fa` with flash attention, `no fa` without. A quantised
 V needs flash attention, as in stock llama.cpp: without it only K is quantised. Defaults (F16, and the engine chooses
@@ -71,16 +72,14 @@ def render(rows: Sequence[Sequence[str]], refused: Sequence[tuple[str, str]]) ->
     Args:
         refused: architectures, and why.
     """
+    return TOP + tabulate(rows, _HEADERS, tablefmt="pipe", disable_numparse=True) + "\n" + refusals(refused)
+
+
+def refusals(refused: Sequence[tuple[str, str]]) -> str:
+    """The end of the page."""
     why = sorted({reason for _, reason in refused})
     groups = [(", ".join(arch for arch, reason in refused if reason == each), each) for each in why]
-    return (
-        _TOP
-        + tabulate(rows, _HEADERS, tablefmt="pipe", disable_numparse=True)
-        + "\n"
-        + _REFUSED
-        + tabulate(groups, ("architectures", "why"), tablefmt="pipe", disable_numparse=True)
-        + "\n"
-    )
+    return _REFUSED + tabulate(groups, ("architectures", "why"), tablefmt="pipe", disable_numparse=True) + "\n"
 
 
 def _kernels(attempts: Sequence[Attempt], type_k: str) -> str:

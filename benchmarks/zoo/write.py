@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 from gguf import GGUFWriter
@@ -12,18 +13,22 @@ from benchmarks.zoo.shapes import Shape
 PROGRAMS = Path(__file__).parents[2] / "build" / "engine" / "bin"
 
 _N_EMBD, _N_FF, _N_VOCAB = 64, 64, 256
+_N_SWA_RUN = 64  # with weights, so that windows slide in the few hundred tokens that are run
 
 
 def write_model(path: Path, shape: Shape, *, n_layers: int = 0) -> Path:
     """A model of random weights that runs in a blink.
 
     Args:
-        n_layers: so many layers with weights. 0: all layers, no weights: a sparse file, enough for what reads none.
+        n_layers: so many layers with weights, and sliding windows that are short. 0: all layers, no weights: a sparse
+            file, enough for what reads none.
 
     Raises:
         subprocess.CalledProcessError: llama.cpp does not take the shape.
     """
     metadata = path.with_suffix(".metadata")
+    if n_layers:
+        shape = replace(shape, n_swa=min(shape.n_swa, _N_SWA_RUN))
     _write_metadata(metadata, shape, n_layers or shape.n_layers)
     make = [PROGRAMS / "depth-zoo-make", metadata, path, *([] if n_layers else ["--no-weights"])]
     subprocess.run(make, check=True, capture_output=True, text=True)

@@ -3,18 +3,27 @@
 # tests, a shape of the zoo and a real model that evict, each as several processors.
 #   scripts/cross-aarch64.sh [CPU...]    default: those below, as qemu names them (qemu-aarch64 -cpu help)
 # Needs a cross compiler and qemu (Debian: apt-get install g++-aarch64-linux-gnu qemu-user). The models that the tests read are
-# written by the build of scripts/setup.sh --test. CMAKE_ARGS=... adds CMake options.
+# written by the build of scripts/setup.sh --test. CMAKE_ARGS=... adds CMake options. Exit status 77: one of the two is missing.
 set -eu
 cd "$(dirname "$0")/.."
 fail() { echo "cross-aarch64: $1" >&2; exit 1; }
+cannot() { echo "cross-aarch64: $1" >&2; exit 77; }
 
 # Cortex-A72 (Raspberry Pi 4): ARMv8.0. Cortex-A76 (Raspberry Pi 5): dot products, half floats. The last one has all that
 # the emulator knows, with vectors as long as in most processors: SVE2, matrix products of bytes.
 [ $# -gt 0 ] || set -- cortex-a72 cortex-a76 max,sve-default-vector-length=16
+# variants CPU: those of which one has to be chosen; none is said for other processors
+variants() {
+    case $1 in
+        cortex-a72) echo armv8.0_1 ;;
+        cortex-a76) echo armv8.2_2 ;;
+        max,sve-default-vector-length=16) echo armv8.6_2 armv9.2_2 ;; # without and with SME, which takes GCC 14
+    esac
+}
 triple=aarch64-linux-gnu
-command -v $triple-g++ > /dev/null || fail "no $triple-g++ found: install it (Debian: apt-get install g++-$triple)"
+command -v $triple-g++ > /dev/null || cannot "no $triple-g++ found: install it (Debian: apt-get install g++-$triple)"
 qemu=$(command -v qemu-aarch64 || command -v qemu-aarch64-static) ||
-    fail "no qemu-aarch64 found: install it (Debian: apt-get install qemu-user)"
+    cannot "no qemu-aarch64 found: install it (Debian: apt-get install qemu-user)"
 native=build/engine/bin
 [ -x $native/depth-zoo-make ] || scripts/setup.sh --test >&2
 PATH=$PWD/.venv/bin:$PATH # cmake and ninja may live there
@@ -51,12 +60,14 @@ $native/test-llama-archs -a "^($archs)$" -o "$dir/test-models/" > "$dir/test-lla
 zoo=$dir/zoo.gguf
 .venv/bin/python -m benchmarks.zoo 'Gemma 3 1B' --write "$zoo" || fail "the zoo cannot be written"
 
-# perplexity PROGRAM...: of 160 tokens in 128 cells
+# perplexity PROGRAM...: of 160 tokens in 128 cells; the log says which variant was loaded
 perplexity() {
     "$@" -m "$model" -f native/include/llama-depthkv.h -c 160 --chunks 1 -t 2 --override-kv depthkv.budget=float:0.5 \
-        > "$dir/perplexity.log" 2>&1 && sed -n 's/^Final estimate: PPL = \([0-9.]*\).*/\1/p' "$dir/perplexity.log"
+        --no-log-prefix --log-verbosity 4 > "$dir/perplexity.log" 2>&1 &&
+        sed -n 's/^Final estimate: PPL = \([0-9.]*\).*/\1/p' "$dir/perplexity.log"
 }
-here=$(perplexity $native/llama-perplexity)
+here=$(perplexity $native/llama-perplexity) || here=
+[ -n "$here" ] || { tail -n 20 "$dir/perplexity.log" >&2; fail "llama-perplexity failed on this machine"; }
 
 ctest=$(command -v ctest)
 for cpu in "$@"; do
@@ -66,11 +77,16 @@ for cpu in "$@"; do
     "$ctest" --test-dir "$dir" -L native -E perplexity --fixture-exclude-any test-models --no-tests=error --output-on-failure ||
         fail "a test failed as $cpu, see above"
     "$qemu" "$dir/bin/depth-zoo-run" "$zoo" > "$dir/zoo.log" || { cat "$dir/zoo.log" >&2; fail "the zoo failed as $cpu"; }
-    ppl=$(perplexity "$qemu" $dir/bin/llama-perplexity)
+    ppl=$(perplexity "$qemu" $dir/bin/llama-perplexity) || ppl=
     [ -n "$ppl" ] || { tail -n 20 "$dir/perplexity.log" >&2; fail "llama-perplexity failed as $cpu"; }
-    variant=$(sed -n 's/.*loaded CPU backend from .*ggml-cpu-\(.*\)\.so.*/\1/p' "$dir/perplexity.log" | head -n 1)
+    chosen=$(sed -n 's/.*loaded CPU backend from .*ggml-cpu-\(.*\)\.so.*/\1/p' "$dir/perplexity.log" | head -n 1)
+    expected=$(variants "$cpu")
+    case " ${expected:-$chosen} " in
+        *" $chosen "*) ;;
+        *) fail "chose ${chosen:-no variant} as $cpu instead of $expected" ;;
+    esac
     # the same text, tokens and budget, but other kernels: about 1 % apart
     awk "BEGIN { r = $ppl / $here; exit r < .97 || r > 1.03 }" ||
         fail "perplexity $ppl as $cpu, $here on this machine"
-    echo "$cpu: variant ${variant:-?}, zoo $(grep -c 'ok$' "$dir/zoo.log") of $(grep -c . "$dir/zoo.log"), perplexity $ppl (this machine: $here), $(($(date +%s) - started)) s"
+    echo "$cpu: variant ${chosen:-?}, zoo $(grep -c 'ok$' "$dir/zoo.log") of $(grep -c . "$dir/zoo.log"), perplexity $ppl (this machine: $here), $(($(date +%s) - started)) s"
 done

@@ -19,13 +19,19 @@ from depthkv_edge import _library
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"
 COMPILER = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang") or "cc"
-# scripts/setup.sh installs cmake into the environment where the system has none
-CMAKE = shutil.which("cmake", path=os.pathsep.join([os.environ["PATH"], str(Path(sys.executable).parent)])) or "cmake"
+# scripts/setup.sh installs cmake and ninja into the environment where the system has none
+PATH = os.pathsep.join([os.environ["PATH"], str(Path(sys.executable).parent)])
+CMAKE = shutil.which("cmake", path=PATH) or "cmake"
+GENERATOR = {} if shutil.which("make") else {"CMAKE_GENERATOR": "Ninja", "PATH": PATH}
 
 
 def run(*command: object, **environment: str) -> Outcome:
     done = subprocess.run(
-        [str(part) for part in command], capture_output=True, text=True, env=os.environ | environment, timeout=300
+        [str(part) for part in command],
+        capture_output=True,
+        text=True,
+        env=os.environ | GENERATOR | environment,
+        timeout=300,
     )
     return Outcome(done.returncode, done.stdout, done.stderr)
 

@@ -21,7 +21,7 @@ extern "C" {
 #endif
 
 // changes whenever a struct or a function below does
-#define LLAMA_DEPTHKV_VERSION 3
+#define LLAMA_DEPTHKV_VERSION 4
 
 // the version that the library was built with: structs are passed by value, so check it before anything else
 LLAMA_API int32_t llama_depthkv_version(void);
@@ -83,7 +83,7 @@ struct llama_depthkv_layer {
     int32_t  layer;     // index in the model
     uint32_t cells;     // capacity of one sequence
     uint32_t used;      // cells in use by the sequence
-    uint64_t evicted;   // cells freed by eviction since the sequence was last empty
+    uint64_t evicted;   // cells freed by eviction since the layer last held all of the sequence
     size_t   bytes;     // K and V of all sequences
 };
 
@@ -98,6 +98,7 @@ struct llama_depthkv_stats {
     size_t   bytes_work;    // bound of what the CPU backend needs beside them to convert operands
     uint64_t n_score;       // scoring passes
     uint64_t n_evict;       // cells freed by eviction, all layers
+    uint64_t n_reeval;      // tokens to be evaluated again after llama_depthkv_seq_rollback()
     int64_t  t_evict_us;    // time spent on scoring and eviction
     char     scorer[32];
     char     rule[32];      // allocation rule
@@ -120,6 +121,25 @@ LLAMA_API int32_t llama_depthkv_get_positions(
         llama_seq_id                 seq_id,
         llama_pos                  * pos,
         int32_t                      n);
+
+//
+// going back
+//
+// what a layer has evicted does not come back when the tokens that took its place are removed. so llama_memory_seq_rm()
+// removes the end of a sequence only while a fresh evaluation could have left what is left: nothing of it has been evicted
+// since the removed tokens came, or nothing of it is missing. otherwise it returns false and changes nothing
+//
+// the tokens of one llama_decode() can always be removed, if they are no more than llama_depthkv_stats::n_ubatch
+//
+
+// the last position <= p that the sequence can go back to: llama_memory_seq_rm(mem, seq_id, pos, -1) succeeds
+// without a budget that is p. negative on failure
+LLAMA_API llama_pos llama_depthkv_seq_pos_rollback(const struct llama_context * ctx, llama_seq_id seq_id, llama_pos p);
+
+// go back to p, or as little further as possible: removes the positions from the returned one on
+// the caller evaluates the tokens between the returned position and p again: what was pinned among them still is
+// negative on failure
+LLAMA_API llama_pos llama_depthkv_seq_rollback(struct llama_context * ctx, llama_seq_id seq_id, llama_pos p);
 
 //
 // pinning

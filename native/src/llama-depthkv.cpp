@@ -239,6 +239,7 @@ bool llama_depthkv_get_stats(const llama_context * ctx, llama_depthkv_stats * st
             stats->bytes_scorer = kv->size_scorer_bytes();
             stats->n_score      = stat.n_score;
             stats->n_evict      = stat.n_evict;
+            stats->n_reeval     = stat.n_reeval;
             stats->t_evict_us   = stat.t_evict_us;
 
             snprintf(stats->scorer, sizeof(stats->scorer), "%s", plan.params.scorer.c_str());
@@ -348,6 +349,52 @@ int32_t llama_depthkv_get_positions(const llama_context * ctx, int32_t i, llama_
         std::copy_n(res.begin(), std::min<size_t>(res.size(), std::max(n, 0)), pos);
 
         return (int32_t) res.size();
+    });
+}
+
+//
+// going back
+//
+
+static void llama_depthkv_check_pos(llama_pos p) {
+    if (p < 0) {
+        throw std::runtime_error(format("position %d is negative", p));
+    }
+}
+
+llama_pos llama_depthkv_seq_pos_rollback(const llama_context * ctx, llama_seq_id seq_id, llama_pos p) {
+    return llama_depthkv_try(-1, [&]() {
+        llama_depthkv_check_ptr(ctx);
+
+        llama_depthkv_check_seq(ctx, seq_id);
+        llama_depthkv_check_pos(p);
+
+        const auto * kv = llama_depthkv_get_cache(ctx);
+
+        return kv ? kv->seq_pos_rollback(seq_id, p) : p;
+    });
+}
+
+llama_pos llama_depthkv_seq_rollback(llama_context * ctx, llama_seq_id seq_id, llama_pos p) {
+    return llama_depthkv_try(-1, [&]() {
+        llama_depthkv_check_ptr(ctx);
+
+        llama_depthkv_check_seq(ctx, seq_id);
+        llama_depthkv_check_pos(p);
+
+        if (auto * kv = llama_depthkv_get_cache(ctx)) {
+            return kv->seq_rollback(seq_id, p);
+        }
+
+        auto * mem = ctx->get_memory();
+
+        // not even in part, if the memory is a recurrent state
+        if (mem && !mem->seq_rm(seq_id, p, -1)) {
+            mem->seq_rm(seq_id, -1, -1);
+            return 0;
+        }
+
+        return p;
     });
 }
 

@@ -45,7 +45,9 @@ static void llama_kv_depth_check_memory(ggml_backend_buffer_type_t buft, size_t 
     size_t total = 0;
     ggml_backend_dev_memory(dev, &free, &total);
 
-    // 0: not known
+    // 0: not known. a device that borrows the memory of the system may have more free than is its own
+    total = std::max(free, total);
+
     if (total > 0 && size > total) {
         throw std::runtime_error(format("the KV cache takes %.0f MiB, and all of %s is %.0f MiB: give a smaller context or KV budget",
                 size/1024.0/1024.0, ggml_backend_dev_name(dev), total/1024.0/1024.0));
@@ -53,14 +55,14 @@ static void llama_kv_depth_check_memory(ggml_backend_buffer_type_t buft, size_t 
 }
 
 void llama_kv_cache_depth::stream_state::clear() {
+    tokens.clear();
     pins.clear();
+
+    pos_placed = llama_kv_depth_cells::none;
 
     q_pos.assign(n_query, -1);
     q_head = 0;
     q_skip = 0;
-
-    pos_min = -1;
-    pos_max = -1;
 }
 
 llama_kv_cache_depth::llama_kv_cache_depth(
@@ -226,7 +228,7 @@ llama_memory_context_ptr llama_kv_cache_depth::init_batch(llama_batch_allocr & b
     // update() comes first. if it was aborted, some keys are not where the others are
     if (has_shift()) {
         LLAMA_LOG_ERROR("%s: the context shift has not been completed\n", __func__);
-        return std::make_unique<llama_kv_cache_depth_context>(LLAMA_MEMORY_STATUS_FAILED_COMPUTE);
+        return std::make_unique<llama_kv_cache_depth_context>(LLAMA_MEMORY_STATUS_FAILED_COMPUTE, status_shift);
     }
 
     balloc.split_reset();
@@ -249,7 +251,7 @@ llama_memory_context_ptr llama_kv_cache_depth::init_batch(llama_batch_allocr & b
     // the cells never run out, the context does
     std::vector<llama_pos> pos_min(n_stream);
     for (uint32_t s = 0; s < n_stream; ++s) {
-        pos_min[s] = streams[s].pos_min;
+        pos_min[s] = streams[s].tokens.pos_min();
     }
 
     for (const auto & ubatch : ubatches) {
@@ -361,6 +363,31 @@ void llama_kv_cache_depth::clear(bool data) {
     }
 }
 
+bool llama_kv_cache_depth::can_rm_from(uint32_t strm, llama_pos p0) const {
+    const auto & tokens = streams[strm].tokens;
+
+    if (p0 > tokens.pos_max() || p0 <= tokens.pos_min()) {
+        return true;
+    }
+
+    // the next token has to find its window whole, up to the last token that the windows have dropped
+    if (kv_iswa) {
+        const llama_pos p = tokens.pos_before(kv_iswa->seq_pos_min(strm));
+
+        if (p >= 0 && !llama_hparams::is_masked_swa(hparams.n_swa, hparams.swa_type, p, p0)) {
+            return false;
+        }
+    }
+
+    for (const auto & layer : layers) {
+        if (!layer.cells[strm].can_rm_from(p0)) {
+            return false;
+        }
+    }
+
+    return true;
+}
+
 bool llama_kv_cache_depth::seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1) {
     // a sequence that does not exist has nothing to remove
     if (seq_id != -1 && !has_seq(seq_id)) {
@@ -371,29 +398,27 @@ bool llama_kv_cache_depth::seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p
 
     const auto [s0, s1] = get_streams(seq_id);
 
-    if (kv_iswa) {
-        // the next token has to find its window whole: a suffix that is longer than what the window-sized cache still
-        // holds before it cannot be taken back
-        for (uint32_t s = s0; s < s1; ++s) {
-            const llama_pos pos_min = kv_iswa->seq_pos_min(s);
-            const llama_pos pos_max = kv_iswa->seq_pos_max(s);
-
-            if (p0 > 0 && p0 <= pos_max && p1 > pos_max && pos_min > 0 &&
-                    !llama_hparams::is_masked_swa(hparams.n_swa, hparams.swa_type, pos_min - 1, p0)) {
-                return false;
-            }
-        }
-
-        if (!kv_iswa->seq_rm(seq_id, p0, p1)) {
+    for (uint32_t s = s0; s < s1; ++s) {
+        if (p1 > streams[s].tokens.pos_max() && !can_rm_from(s, p0)) {
             return false;
         }
+    }
+
+    if (kv_iswa && !kv_iswa->seq_rm(seq_id, p0, p1)) {
+        return false;
     }
 
     for (uint32_t s = s0; s < s1; ++s) {
         auto & stream = streams[s];
 
-        // spans pinned ahead of the tokens stay
-        stream.pins.rm(p0, std::min(p1, stream.pos_max + 1));
+        const llama_pos pos_max = stream.tokens.pos_max();
+
+        // spans pinned ahead of the tokens stay. those of a ubatch that has failed are still ahead
+        stream.pins.rm(p0, std::min({ p1, pos_max + 1, stream.pos_placed }));
+
+        stream.pos_placed = llama_kv_depth_cells::none;
+
+        stream.tokens.rm(p0, p1);
 
         for (auto & p : stream.q_pos) {
             if (p >= p0 && p < p1) {
@@ -402,43 +427,53 @@ bool llama_kv_cache_depth::seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p
         }
 
         for (auto & layer : layers) {
-            layer.cells[s].rm_range(p0, p1);
+            if (stream.tokens.empty()) {
+                layer.cells[s].clear();
+            } else {
+                layer.cells[s].rm_range(p0, p1 > pos_max ? llama_kv_depth_cells::none : p1);
+            }
         }
-
-        // the position before a removed suffix is the last one, even if every layer has forgotten it
-        if (p0 <= stream.pos_max && p1 > stream.pos_max) {
-            stream.pos_max = p0 - 1;
-        }
-        if (p0 <= stream.pos_min && p1 > stream.pos_min) {
-            stream.pos_min = p1 <= stream.pos_max ? p1 : -1;
-        }
-
-        update_pos(s);
     }
 
     return true;
 }
 
-void llama_kv_cache_depth::update_pos(uint32_t strm) {
-    auto & stream = streams[strm];
+llama_pos llama_kv_cache_depth::seq_pos_rollback(llama_seq_id seq_id, llama_pos p) const {
+    if (can_rm_from(seq_id, p)) {
+        return p;
+    }
 
-    bool is_empty = true;
-
+    // up to where no layer misses anything
     for (const auto & layer : layers) {
-        const auto & cells = layer.cells[strm];
-
-        if (cells.get_used() > 0) {
-            is_empty = false;
-
-            stream.pos_min = stream.pos_min < 0 ? cells.pos_min() : std::min(stream.pos_min, cells.pos_min());
-            stream.pos_max = std::max(stream.pos_max, cells.pos_max());
-        }
+        p = std::min(p, layer.cells[seq_id].pos_missing);
     }
 
-    if (is_empty) {
-        stream.pos_min = -1;
-        stream.pos_max = -1;
+    return can_rm_from(seq_id, p) ? p : streams[seq_id].tokens.pos_min();
+}
+
+llama_pos llama_kv_cache_depth::seq_rollback(llama_seq_id seq_id, llama_pos p) {
+    auto & stream = streams[seq_id];
+
+    llama_pos res = seq_pos_rollback(seq_id, p);
+
+    if (res < p) {
+        // ubatches, and scoring with them, start where they would in a fresh evaluation: equal prompts give equal text
+        const llama_pos n_align = (n_query_span_pp + plan.n_ubatch - 1)/plan.n_ubatch*plan.n_ubatch;
+
+        res = seq_pos_rollback(seq_id, res - res % n_align);
+
+        stat.n_reeval += p - std::max(res, stream.tokens.pos_min());
     }
+
+    // what is evaluated again stays pinned
+    auto pins = stream.pins;
+    pins.rm(p, stream.tokens.pos_max() + 1);
+
+    GGML_ASSERT(seq_rm(seq_id, res, -1));
+
+    stream.pins = std::move(pins);
+
+    return res;
 }
 
 void llama_kv_cache_depth::seq_cp(llama_seq_id seq_id_src, llama_seq_id seq_id_dst, llama_pos p0, llama_pos p1) {
@@ -453,11 +488,30 @@ void llama_kv_cache_depth::seq_cp(llama_seq_id seq_id_src, llama_seq_id seq_id_d
 
     pos_range(p0, p1);
 
+    // a copy of the front is a copy that goes back. if it has to go back further, it says so by where it ends
+    if (p1 <= streams[seq_id_src].tokens.pos_max()) {
+        const llama_pos p = seq_pos_rollback(seq_id_src, p1);
+        if (p < p1) {
+            LLAMA_LOG_WARN("%s: sequence %d ends at %d instead of %d: of what comes next some has been evicted\n", __func__, seq_id_dst, p, p1);
+        }
+        p1 = p;
+    } else {
+        p1 = llama_kv_depth_cells::none;
+    }
+
     if (kv_iswa) {
         // whole streams only, see llama_kv_cache::seq_cp
         kv_iswa->seq_cp(seq_id_src, seq_id_dst, -1, -1);
         kv_iswa->seq_rm(seq_id_dst, -1, p0);
         kv_iswa->seq_rm(seq_id_dst, p1, -1);
+
+        // it copies with the next update, and a state that is saved before that would be of what was there
+        if (lctx) {
+            const auto ctx_update = kv_iswa->init_update(lctx, false);
+            if (ctx_update->get_status() == LLAMA_MEMORY_STATUS_SUCCESS) {
+                ctx_update->apply();
+            }
+        }
     }
 
     synchronize();
@@ -465,10 +519,10 @@ void llama_kv_cache_depth::seq_cp(llama_seq_id seq_id_src, llama_seq_id seq_id_d
     auto & dst_stream = streams[seq_id_dst];
 
     dst_stream = streams[seq_id_src];
-    dst_stream.pins.rm(0, p0);
-    dst_stream.pins.rm(p1, std::numeric_limits<llama_pos>::max());
-    dst_stream.pos_min = std::max(dst_stream.pos_min, p0);
-    dst_stream.pos_max = std::min(dst_stream.pos_max, p1 - 1);
+    for (auto * spans : { &dst_stream.tokens, &dst_stream.pins }) {
+        spans->rm(0, p0);
+        spans->rm(p1, llama_kv_depth_cells::none);
+    }
 
     for (auto & p : dst_stream.q_pos) {
         if (p < p0 || p >= p1) {
@@ -481,7 +535,7 @@ void llama_kv_cache_depth::seq_cp(llama_seq_id seq_id_src, llama_seq_id seq_id_d
 
         cells = layer.cells[seq_id_src];
         cells.rm_range(0, p0);
-        cells.rm_range(p1, std::numeric_limits<llama_pos>::max());
+        cells.rm_range(p1, llama_kv_depth_cells::none);
 
         ggml_init_params params = {
             /*.mem_size   =*/ 2*ggml_tensor_overhead(),
@@ -506,8 +560,6 @@ void llama_kv_cache_depth::seq_cp(llama_seq_id seq_id_src, llama_seq_id seq_id_d
             ggml_backend_tensor_copy(src, dst);
         }
     }
-
-    update_pos(seq_id_dst);
 }
 
 void llama_kv_cache_depth::seq_keep(llama_seq_id seq_id) {
@@ -532,8 +584,8 @@ void llama_kv_cache_depth::seq_add(llama_seq_id seq_id, llama_pos p0, llama_pos 
 
     auto & stream = streams[seq_id];
 
-    if (shift > llama_kv_depth_pos_max - std::min(stream.pos_max, p1)) {
-        LLAMA_LOG_ERROR("%s: positions up to %d of sequence %d cannot move by %d: the last one is %d\n", __func__, stream.pos_max, seq_id, shift, llama_kv_depth_pos_max);
+    if (shift > llama_kv_depth_pos_max - std::min(stream.tokens.pos_max(), p1)) {
+        LLAMA_LOG_ERROR("%s: positions up to %d of sequence %d cannot move by %d: the last one is %d\n", __func__, stream.tokens.pos_max(), seq_id, shift, llama_kv_depth_pos_max);
         return;
     }
 
@@ -541,7 +593,8 @@ void llama_kv_cache_depth::seq_add(llama_seq_id seq_id, llama_pos p0, llama_pos 
         kv_iswa->seq_add(seq_id, p0, p1, shift);
     }
 
-    stream.pins.shift(p0, p1, shift);
+    stream.tokens.shift(p0, p1, shift);
+    stream.pins  .shift(p0, p1, shift);
 
     // the sampled queries keep their rotary position, so they cannot be compared with the shifted keys any more
     for (auto & p : stream.q_pos) {
@@ -553,15 +606,6 @@ void llama_kv_cache_depth::seq_add(llama_seq_id seq_id, llama_pos p0, llama_pos 
     for (auto & layer : layers) {
         layer.cells[seq_id].add_range(p0, p1, shift);
     }
-
-    // ends of the sequence that no layer holds move too
-    for (auto * p : { &stream.pos_min, &stream.pos_max }) {
-        if (*p >= p0 && *p < p1) {
-            *p = std::max(0, *p + shift);
-        }
-    }
-
-    update_pos(seq_id);
 }
 
 void llama_kv_cache_depth::seq_div(llama_seq_id seq_id, llama_pos p0, llama_pos p1, int d) {
@@ -586,6 +630,8 @@ void llama_kv_cache_depth::seq_div(llama_seq_id seq_id, llama_pos p0, llama_pos 
 
     auto & stream = streams[seq_id];
 
+    stream.tokens.div(p0, p1, d);
+
     // pinned tokens would fall together with others, and others with them
     stream.pins.rm(p0/d, p1);
 
@@ -598,14 +644,6 @@ void llama_kv_cache_depth::seq_div(llama_seq_id seq_id, llama_pos p0, llama_pos 
     for (auto & layer : layers) {
         layer.cells[seq_id].div_range(p0, p1, d);
     }
-
-    for (auto * p : { &stream.pos_min, &stream.pos_max }) {
-        if (*p >= p0 && *p < p1) {
-            *p /= d;
-        }
-    }
-
-    update_pos(seq_id);
 }
 
 llama_pos llama_kv_cache_depth::seq_pos_min(llama_seq_id seq_id) const {
@@ -613,11 +651,11 @@ llama_pos llama_kv_cache_depth::seq_pos_min(llama_seq_id seq_id) const {
         return -1;
     }
 
-    return kv_iswa ? kv_iswa->seq_pos_min(seq_id) : streams[seq_id].pos_min;
+    return kv_iswa ? kv_iswa->seq_pos_min(seq_id) : streams[seq_id].tokens.pos_min();
 }
 
 llama_pos llama_kv_cache_depth::seq_pos_max(llama_seq_id seq_id) const {
-    return has_seq(seq_id) ? streams[seq_id].pos_max : -1;
+    return has_seq(seq_id) ? streams[seq_id].tokens.pos_max() : -1;
 }
 
 void llama_kv_cache_depth::seq_pin(llama_seq_id seq_id, llama_pos p0, llama_pos p1) {
@@ -723,7 +761,7 @@ void llama_kv_cache_depth::synchronize() const {
     }
 }
 
-bool llama_kv_cache_depth::evict(kv_layer & layer, uint32_t strm, uint32_t n_tokens) {
+ggml_status llama_kv_cache_depth::evict(kv_layer & layer, uint32_t strm, uint32_t n_tokens) {
     auto & cells  = layer.cells[strm];
     auto & stream = streams[strm];
 
@@ -733,17 +771,16 @@ bool llama_kv_cache_depth::evict(kv_layer & layer, uint32_t strm, uint32_t n_tok
         const llama_pos n_new  = cells.pos_max() - cells.pos_scored;
         const llama_pos n_span = n_tokens > 1 ? n_query_span_pp : n_query_span_tg;
 
-        if (n_new >= n_span || (n_free < n_tokens && cells.pos_scored < 0)) {
+        if (n_new >= n_span || (n_free < n_tokens && !cells.is_scored)) {
             llama_kv_attn attn;
 
             const ggml_status status = compute_attn(layer, strm, attn);
 
-            // an abort is left to the main graph, which comes next
-            if (status != GGML_STATUS_SUCCESS && status != GGML_STATUS_ABORTED) {
-                return false;
+            if (status != GGML_STATUS_SUCCESS) {
+                return status;
             }
 
-            if (status == GGML_STATUS_SUCCESS && !attn.pos.empty()) {
+            if (!attn.pos.empty()) {
                 const uint32_t n_seen = attn.pos.back() - std::max(cells.pos_scored, 0);
 
                 // a broken value shows in its own cell, a broken key in all of them
@@ -754,6 +791,7 @@ bool llama_kv_cache_depth::evict(kv_layer & layer, uint32_t strm, uint32_t n_tok
                 }
 
                 cells.pos_scored = attn.pos.back();
+                cells.is_scored  = true;
 
                 stat.n_score++;
             }
@@ -761,7 +799,7 @@ bool llama_kv_cache_depth::evict(kv_layer & layer, uint32_t strm, uint32_t n_tok
     }
 
     if (n_free >= n_tokens) {
-        return true;
+        return GGML_STATUS_SUCCESS;
     }
 
     // a few cells more than needed while decoding, but not more than a small layer can spare
@@ -780,13 +818,17 @@ bool llama_kv_cache_depth::evict(kv_layer & layer, uint32_t strm, uint32_t n_tok
     const auto rows = llama_kv_score_select(cells, stream.pins, scores, plan.params.n_sink, plan.params.n_recent, n_evict);
 
     for (const uint32_t i : rows) {
-        cells.rm(i);
+        cells.evict(i, stream.tokens.pos_max());
     }
 
-    cells.n_evicted += rows.size();
-    stat.n_evict    += rows.size();
+    stat.n_evict += rows.size();
 
-    return n_free + rows.size() >= n_tokens;
+    if (n_free + rows.size() < n_tokens) {
+        LLAMA_LOG_ERROR("%s: layer %u of sequence %u has no %u cells to spare\n", __func__, layer.il, strm, n_tokens);
+        return GGML_STATUS_FAILED;
+    }
+
+    return GGML_STATUS_SUCCESS;
 }
 
 void llama_kv_cache_depth::mark_broken(kv_layer & layer, uint32_t strm) {
@@ -996,10 +1038,10 @@ ggml_status llama_kv_cache_depth::compute_attn(kv_layer & layer, uint32_t strm, 
         ggml_backend_tensor_get(graph.out, attn.mass.data(), 0, ggml_nbytes(graph.out));
     };
 
-    return sched.compute(lctx->get_sched(), attn_graph::max_nodes(hparams.n_head_kv(layer.il)), build, set_inputs, get_outputs);
+    return sched.compute(lctx->get_sched(), max_nodes(), build, set_inputs, get_outputs);
 }
 
-bool llama_kv_cache_depth::apply_ubatch(const llama_ubatch & ubatch, slot_info & sinfo) {
+ggml_status llama_kv_cache_depth::apply_ubatch(const llama_ubatch & ubatch, const std::vector<uint32_t> & n_room, slot_info & sinfo) {
     const uint32_t n_seqs = n_stream > 1 ? ubatch.n_seqs_unq : 1;
 
     GGML_ASSERT(ubatch.n_tokens % n_seqs == 0);
@@ -1021,9 +1063,10 @@ bool llama_kv_cache_depth::apply_ubatch(const llama_ubatch & ubatch, slot_info &
         for (uint32_t s = 0; s < n_seqs; ++s) {
             const auto & cells = layer.cells[sinfo.s0 + s];
 
-            const uint32_t n_free = cells.size() - cells.get_used();
+            const uint32_t n_free   = cells.size() - cells.get_used();
+            const uint32_t n_tokens = std::max(sinfo.n_tps, n_room[sinfo.s0 + s]);
 
-            if (n_free >= sinfo.n_tps + (layer.q && sinfo.n_tps > 1 ? n_warmup : 0)) {
+            if (n_free >= n_tokens + (layer.q && n_tokens > 1 ? n_warmup : 0)) {
                 continue;
             }
 
@@ -1033,9 +1076,10 @@ bool llama_kv_cache_depth::apply_ubatch(const llama_ubatch & ubatch, slot_info &
                 need_sync = false;
             }
 
-            if (!evict(layer, sinfo.s0 + s, sinfo.n_tps)) {
-                LLAMA_LOG_ERROR("%s: layer %u of sequence %u has no %u cells to spare\n", __func__, layer.il, sinfo.s0 + s, sinfo.n_tps);
-                return false;
+            const ggml_status status = evict(layer, sinfo.s0 + s, n_tokens);
+
+            if (status != GGML_STATUS_SUCCESS) {
+                return status;
             }
         }
     }
@@ -1073,8 +1117,8 @@ bool llama_kv_cache_depth::apply_ubatch(const llama_ubatch & ubatch, slot_info &
     for (uint32_t i = 0; i < ubatch.n_tokens; ++i) {
         auto & stream = streams[sinfo.s0 + i/sinfo.n_tps];
 
-        stream.pos_min = stream.pos_min < 0 ? ubatch.pos[i] : std::min(stream.pos_min, ubatch.pos[i]);
-        stream.pos_max = std::max(stream.pos_max, ubatch.pos[i]);
+        stream.tokens.add(ubatch.pos[i], ubatch.pos[i] + 1);
+        stream.pos_placed = std::min(stream.pos_placed, ubatch.pos[i]);
     }
 
     // choose the queries to sample
@@ -1106,7 +1150,13 @@ bool llama_kv_cache_depth::apply_ubatch(const llama_ubatch & ubatch, slot_info &
         }
     }
 
-    return true;
+    return GGML_STATUS_SUCCESS;
+}
+
+void llama_kv_cache_depth::commit_ubatch(const llama_ubatch & ubatch) {
+    for (uint32_t i = 0; i < ubatch.n_tokens; ++i) {
+        streams[ubatch.seq_id[i][0]].pos_placed = llama_kv_depth_cells::none;
+    }
 }
 
 llama_kv_cache_depth::slot_info llama_kv_cache_depth::get_slot_full() const {
@@ -1246,7 +1296,10 @@ bool llama_kv_cache_depth::update() {
                     ggml_backend_tensor_copy(graph.out, graph.dst);
                 };
 
-                if (sched.compute(lctx->get_sched(), shift_graph::max_nodes, build, set_inputs, get_outputs) != GGML_STATUS_SUCCESS) {
+                const ggml_status status = sched.compute(lctx->get_sched(), max_nodes(), build, set_inputs, get_outputs);
+
+                if (status != GGML_STATUS_SUCCESS) {
+                    status_shift = status;
                     return false;
                 }
 
@@ -1260,6 +1313,15 @@ bool llama_kv_cache_depth::update() {
     }
 
     return true;
+}
+
+size_t llama_kv_cache_depth::max_nodes() const {
+    // of all layers: with a larger graph the scheduler would have to be made anew, without what has been reserved
+    size_t res = shift_graph::max_nodes;
+    for (const auto & layer : layers) {
+        res = std::max(res, attn_graph::max_nodes(hparams.n_head_kv(layer.il)));
+    }
+    return res;
 }
 
 void llama_kv_cache_depth::reserve(llama_context * lctx) {
@@ -1280,8 +1342,8 @@ void llama_kv_cache_depth::reserve(llama_context * lctx) {
         const bool can_rotate = get_can_shift() && has_rope(layer.il);
 
         const bool ok =
-            (!layer.q    || sched.reserve(lctx->get_sched(), attn_graph::max_nodes(hparams.n_head_kv(layer.il)), hparams.no_alloc, attn)) &&
-            (!can_rotate || sched.reserve(lctx->get_sched(), shift_graph::max_nodes, hparams.no_alloc, shift));
+            (!layer.q    || sched.reserve(lctx->get_sched(), max_nodes(), hparams.no_alloc, attn)) &&
+            (!can_rotate || sched.reserve(lctx->get_sched(), max_nodes(), hparams.no_alloc, shift));
 
         if (!ok) {
             throw std::runtime_error(format("failed to allocate the buffers that score the %u KV cells of layer %u", layer.n_cells, layer.il));
@@ -1294,7 +1356,7 @@ void llama_kv_cache_depth::reserve(llama_context * lctx) {
 //
 
 // version of the format below
-static constexpr uint32_t LLAMA_KV_DEPTH_STATE_VERSION = 1;
+static constexpr uint32_t LLAMA_KV_DEPTH_STATE_VERSION = 2;
 
 void llama_kv_cache_depth::state_write(llama_io_write_i & io, llama_seq_id seq_id, llama_state_seq_flags flags) const {
     // partial states hold what cannot be rolled back, that is the SWA layers
@@ -1351,6 +1413,10 @@ void llama_kv_cache_depth::state_read(llama_io_read_i & io, llama_seq_id seq_id,
         }
 
         if (kv_iswa) {
+            // it takes no notice of a sequence that is empty
+            for (uint32_t s = s0; s < s1; ++s) {
+                kv_iswa->seq_rm(s, -1, -1);
+            }
             kv_iswa->state_read(io, seq_id, flags);
         }
     } catch (...) {
@@ -1383,20 +1449,19 @@ static void llama_kv_depth_read(llama_io_read_i & io, std::vector<T> & data, siz
 void llama_kv_cache_depth::state_write_stream(llama_io_write_i & io, uint32_t strm) const {
     const auto & stream = streams[strm];
 
-    const uint32_t n_pins = stream.pins.spans.size();
+    for (const auto * spans : { &stream.tokens, &stream.pins }) {
+        const uint32_t n_spans = spans->spans.size();
 
-    io.write(&n_pins, sizeof(n_pins));
-    for (const auto & [p0, p1] : stream.pins.spans) {
-        io.write(&p0, sizeof(p0));
-        io.write(&p1, sizeof(p1));
+        io.write(&n_spans, sizeof(n_spans));
+        for (const auto & [p0, p1] : spans->spans) {
+            io.write(&p0, sizeof(p0));
+            io.write(&p1, sizeof(p1));
+        }
     }
 
     llama_kv_depth_write(io, stream.q_pos, n_query);
     io.write(&stream.q_head, sizeof(stream.q_head));
     io.write(&stream.q_skip, sizeof(stream.q_skip));
-
-    io.write(&stream.pos_min, sizeof(stream.pos_min));
-    io.write(&stream.pos_max, sizeof(stream.pos_max));
 
     for (const auto & layer : layers) {
         const auto & cells = layer.cells[strm];
@@ -1405,17 +1470,21 @@ void llama_kv_cache_depth::state_write_stream(llama_io_write_i & io, uint32_t st
         const uint32_t n_rows    = cells.used_max_p1();
         const uint32_t has_q     = layer.q != nullptr;
         const uint32_t has_shift = cells.get_has_shift();
+        const uint32_t is_scored = cells.is_scored;
         const int32_t  type_k    = layer.k->type;
         const int32_t  type_v    = layer.v->type;
 
-        io.write(&layer.il,         sizeof(layer.il));
-        io.write(&type_k,           sizeof(type_k));
-        io.write(&type_v,           sizeof(type_v));
-        io.write(&n_rows,           sizeof(n_rows));
-        io.write(&has_q,            sizeof(has_q));
-        io.write(&has_shift,        sizeof(has_shift));
-        io.write(&cells.pos_scored, sizeof(cells.pos_scored));
-        io.write(&cells.n_evicted,  sizeof(cells.n_evicted));
+        io.write(&layer.il,          sizeof(layer.il));
+        io.write(&type_k,            sizeof(type_k));
+        io.write(&type_v,            sizeof(type_v));
+        io.write(&n_rows,            sizeof(n_rows));
+        io.write(&has_q,             sizeof(has_q));
+        io.write(&has_shift,         sizeof(has_shift));
+        io.write(&is_scored,         sizeof(is_scored));
+        io.write(&cells.pos_scored,  sizeof(cells.pos_scored));
+        io.write(&cells.pos_evicted, sizeof(cells.pos_evicted));
+        io.write(&cells.pos_missing, sizeof(cells.pos_missing));
+        io.write(&cells.n_evicted,   sizeof(cells.n_evicted));
 
         if (n_rows == 0) {
             continue;
@@ -1455,30 +1524,32 @@ void llama_kv_cache_depth::state_write_stream(llama_io_write_i & io, uint32_t st
 void llama_kv_cache_depth::state_read_stream(llama_io_read_i & io, uint32_t strm) {
     auto & stream = streams[strm];
 
-    uint32_t n_pins;
-    io.read(&n_pins, sizeof(n_pins));
-    for (uint32_t i = 0; i < n_pins; ++i) {
-        llama_pos p0;
-        llama_pos p1;
-        io.read(&p0, sizeof(p0));
-        io.read(&p1, sizeof(p1));
-        if (p0 < 0 || p1 <= p0) {
-            throw std::runtime_error("the saved KV state has an invalid pinned span");
+    for (const bool is_pins : { false, true }) {
+        uint32_t n_spans;
+        io.read(&n_spans, sizeof(n_spans));
+        for (uint32_t i = 0; i < n_spans; ++i) {
+            llama_pos p0;
+            llama_pos p1;
+            io.read(&p0, sizeof(p0));
+            io.read(&p1, sizeof(p1));
+            if (p0 < 0 || p1 <= p0 || (!is_pins && p1 > llama_kv_depth_pos_max + 1)) {
+                throw std::runtime_error("the saved KV state has an invalid span of positions");
+            }
+            if (is_pins) {
+                seq_pin(strm, p0, p1);
+            } else {
+                stream.tokens.add(p0, p1);
+            }
         }
-        seq_pin(strm, p0, p1);
     }
+
+    const llama_pos pos_max = stream.tokens.pos_max();
 
     llama_kv_depth_read(io, stream.q_pos, n_query);
     io.read(&stream.q_head, sizeof(stream.q_head));
     io.read(&stream.q_skip, sizeof(stream.q_skip));
     if (stream.q_head >= n_query) {
         throw std::runtime_error("the saved KV state has invalid query samples");
-    }
-
-    io.read(&stream.pos_min, sizeof(stream.pos_min));
-    io.read(&stream.pos_max, sizeof(stream.pos_max));
-    if (stream.pos_min < -1 || stream.pos_max < stream.pos_min || stream.pos_max > llama_kv_depth_pos_max) {
-        throw std::runtime_error("the saved KV state has invalid positions");
     }
 
     for (auto & layer : layers) {
@@ -1490,17 +1561,23 @@ void llama_kv_cache_depth::state_read_stream(llama_io_read_i & io, uint32_t strm
         uint32_t  n_rows;
         uint32_t  has_q;
         uint32_t  has_shift;
+        uint32_t  is_scored;
         llama_pos pos_scored;
+        llama_pos pos_evicted;
+        llama_pos pos_missing;
         uint64_t  n_evicted;
 
-        io.read(&il,         sizeof(il));
-        io.read(&type_k,     sizeof(type_k));
-        io.read(&type_v,     sizeof(type_v));
-        io.read(&n_rows,     sizeof(n_rows));
-        io.read(&has_q,      sizeof(has_q));
-        io.read(&has_shift,  sizeof(has_shift));
-        io.read(&pos_scored, sizeof(pos_scored));
-        io.read(&n_evicted,  sizeof(n_evicted));
+        io.read(&il,          sizeof(il));
+        io.read(&type_k,      sizeof(type_k));
+        io.read(&type_v,      sizeof(type_v));
+        io.read(&n_rows,      sizeof(n_rows));
+        io.read(&has_q,       sizeof(has_q));
+        io.read(&has_shift,   sizeof(has_shift));
+        io.read(&is_scored,   sizeof(is_scored));
+        io.read(&pos_scored,  sizeof(pos_scored));
+        io.read(&pos_evicted, sizeof(pos_evicted));
+        io.read(&pos_missing, sizeof(pos_missing));
+        io.read(&n_evicted,   sizeof(n_evicted));
 
         if (il != layer.il || type_k != layer.k->type || type_v != layer.v->type) {
             throw std::runtime_error(format("the saved KV state does not fit layer %u: other K or V type", layer.il));
@@ -1511,6 +1588,13 @@ void llama_kv_cache_depth::state_read_stream(llama_io_read_i & io, uint32_t strm
         if (has_q != (layer.q != nullptr)) {
             throw std::runtime_error(format("the saved KV state does not fit layer %u: other scorer or budget", layer.il));
         }
+        if (pos_evicted < -1 || pos_evicted > pos_max || pos_missing < 0) {
+            throw std::runtime_error(format("the saved KV state has invalid positions in layer %u", layer.il));
+        }
+
+        cells.n_evicted   = n_evicted;
+        cells.pos_evicted = pos_evicted;
+        cells.pos_missing = pos_missing;
 
         if (n_rows == 0) {
             continue;
@@ -1529,14 +1613,9 @@ void llama_kv_cache_depth::state_read_stream(llama_io_read_i & io, uint32_t strm
             llama_kv_depth_read(io, shift, n_rows);
         }
 
-        {
-            auto sorted = pos;
-            std::sort(sorted.begin(), sorted.end());
-            for (uint32_t i = 0; i < n_rows; ++i) {
-                const bool is_twice = i > 0 && sorted[i] >= 0 && sorted[i] == sorted[i - 1];
-                if (sorted[i] > stream.pos_max || is_twice || !std::isfinite(acc[i]) || !(cnt[i] >= 0.0f)) {
-                    throw std::runtime_error(format("the saved KV state has invalid cells in layer %u", layer.il));
-                }
+        for (uint32_t i = 0; i < n_rows; ++i) {
+            if (pos[i] > pos_max || !std::isfinite(acc[i]) || !(cnt[i] >= 0.0f)) {
+                throw std::runtime_error(format("the saved KV state has invalid cells in layer %u", layer.il));
             }
         }
 
@@ -1553,7 +1632,7 @@ void llama_kv_cache_depth::state_read_stream(llama_io_read_i & io, uint32_t strm
         }
 
         cells.pos_scored = std::max(-1, std::min(pos_scored, cells.pos_max()));
-        cells.n_evicted  = n_evicted;
+        cells.is_scored  = is_scored;
 
         io.read_tensor(layer.k, strm*layer.k->nb[2], n_rows*layer.k->nb[1]);
 
@@ -1585,7 +1664,9 @@ void llama_kv_cache_depth::state_clear_stream(uint32_t strm) {
 // llama_kv_cache_depth_context
 //
 
-llama_kv_cache_depth_context::llama_kv_cache_depth_context(llama_memory_status status) : status(status) {}
+llama_kv_cache_depth_context::llama_kv_cache_depth_context(llama_memory_status status, ggml_status status_compute) :
+    status(status), status_compute(status_compute) {
+}
 
 llama_kv_cache_depth_context::llama_kv_cache_depth_context(llama_kv_cache_depth * kv) :
     status(LLAMA_MEMORY_STATUS_SUCCESS), kv(kv),
@@ -1617,6 +1698,8 @@ bool llama_kv_cache_depth_context::next() {
         ctx_iswa->next();
     }
 
+    kv->commit_ubatch(ubatches[i_next]);
+
     return ++i_next < ubatches.size();
 }
 
@@ -1638,11 +1721,35 @@ bool llama_kv_cache_depth_context::apply() {
         return res;
     }
 
-    return res & kv->apply_ubatch(ubatches[i_next], sinfo);
+    if (i_next == 0) {
+        // few tokens of a sequence, a draft for one, make room at once: then they can be taken back
+        n_room.assign(kv->get_n_stream(), 0);
+        for (const auto & ubatch : ubatches) {
+            for (uint32_t i = 0; i < ubatch.n_tokens; ++i) {
+                n_room[ubatch.seq_id[i][0]]++;
+            }
+        }
+        for (auto & n : n_room) {
+            n = n <= kv->get_plan().n_ubatch ? n : 0;
+        }
+    }
+
+    status_compute = kv->apply_ubatch(ubatches[i_next], n_room, sinfo);
+
+    for (uint32_t i = 0; i < ubatches[i_next].n_tokens; ++i) {
+        auto & n = n_room[ubatches[i_next].seq_id[i][0]];
+        n -= n > 0;
+    }
+
+    return res && status_compute == GGML_STATUS_SUCCESS;
 }
 
 llama_memory_status llama_kv_cache_depth_context::get_status() const {
     return status;
+}
+
+ggml_status llama_kv_cache_depth_context::get_status_compute() const {
+    return status_compute;
 }
 
 const llama_ubatch & llama_kv_cache_depth_context::get_ubatch() const {

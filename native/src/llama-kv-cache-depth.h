@@ -137,6 +137,10 @@ public:
 
     const llama_cparams & get_cparams() const { return cparams; }
 
+    // see llama_depthkv_seq_pos_rollback() and llama_depthkv_seq_rollback()
+    llama_pos seq_pos_rollback(llama_seq_id seq_id, llama_pos p) const;
+    llama_pos seq_rollback    (llama_seq_id seq_id, llama_pos p);
+
     // bytes of K and V, SWA layers included, and of the eviction state
     size_t size_kv_bytes()     const;
     size_t size_scorer_bytes() const;
@@ -146,8 +150,12 @@ public:
     void seq_unpin(llama_seq_id seq_id);
 
     // bring every layer to hold the ubatch: evict where there is no room, then place the tokens
-    // returns false if there is not enough to evict
-    bool apply_ubatch(const llama_ubatch & ubatch, slot_info & sinfo);
+    // n_room [n_stream]: tokens of the sequences that evict at once, so that all of them can be taken back
+    // after a failure nothing has been placed
+    ggml_status apply_ubatch(const llama_ubatch & ubatch, const std::vector<uint32_t> & n_room, slot_info & sinfo);
+
+    // the ubatch has been computed
+    void commit_ubatch(const llama_ubatch & ubatch);
 
     // slot info of a full cache, to reserve the worst-case graph
     slot_info get_slot_full() const;
@@ -167,6 +175,7 @@ public:
     struct stats {
         uint64_t n_score    = 0;
         uint64_t n_evict    = 0;
+        uint64_t n_reeval   = 0;
         int64_t  t_evict_us = 0;
     };
 
@@ -175,17 +184,19 @@ public:
 private:
     // state of one sequence that its layers share
     struct stream_state {
-        llama_kv_depth_pins pins;
+        // the tokens of the sequence, whether a layer still holds them or not
+        llama_kv_depth_spans tokens;
+
+        llama_kv_depth_spans pins;
+
+        // tokens from here on are placed, but their ubatch has not been computed. it may fail
+        llama_pos pos_placed = llama_kv_depth_cells::none;
 
         // positions of the sampled queries, -1: none, and the row of the next one
         std::vector<llama_pos> q_pos;
         uint32_t               q_head = 0;
         // tokens seen one at a time, of which only every few is kept as a sample
         uint32_t               q_skip = 0;
-
-        // first and last position of the sequence, whether a layer still holds them or not, -1: it is empty
-        llama_pos pos_min = -1;
-        llama_pos pos_max = -1;
 
         void clear();
     };
@@ -219,6 +230,9 @@ private:
     // known from reserve() on, before that nothing can have been computed
     llama_context * lctx = nullptr;
 
+    // why the last shift has not been completed, if it has not
+    ggml_status status_shift = GGML_STATUS_FAILED;
+
     stats stat;
 
     bool has_seq(llama_seq_id seq_id) const {
@@ -230,13 +244,16 @@ private:
 
     void pos_range(llama_pos & p0, llama_pos & p1) const;
 
+    // the positions from p0 on can be removed: a fresh evaluation could have left what is left
+    bool can_rm_from(uint32_t strm, llama_pos p0) const;
+
     // some keys lack a rotation
     bool has_shift() const;
 
     // the keys of a layer carry their position
     bool has_rope(uint32_t il) const;
 
-    bool evict(kv_layer & layer, uint32_t strm, uint32_t n_tokens);
+    ggml_status evict(kv_layer & layer, uint32_t strm, uint32_t n_tokens);
 
     // cells whose key is not a finite number get the lowest score
     void mark_broken(kv_layer & layer, uint32_t strm);
@@ -245,11 +262,11 @@ private:
     struct attn_graph;
     struct shift_graph;
 
+    // of the largest of them
+    size_t max_nodes() const;
+
     void build_attn (ggml_context * ctx, ggml_cgraph * gf, const kv_layer & layer, uint32_t strm, int64_t n_kv, attn_graph & res) const;
     void build_shift(ggml_context * ctx, ggml_cgraph * gf, const kv_layer & layer, uint32_t strm, uint32_t i0, uint32_t n, shift_graph & res) const;
-
-    // follow up on positions that have been moved or removed
-    void update_pos(uint32_t strm);
 
     // wait for the main graph before its results are read
     void synchronize() const;
@@ -264,7 +281,7 @@ private:
 class llama_kv_cache_depth_context : public llama_memory_context_i {
 public:
     // used for errors
-    llama_kv_cache_depth_context(llama_memory_status status);
+    llama_kv_cache_depth_context(llama_memory_status status, ggml_status status_compute = GGML_STATUS_FAILED);
 
     // used to create a full-cache context
     llama_kv_cache_depth_context(llama_kv_cache_depth * kv);
@@ -291,6 +308,7 @@ public:
     bool apply() override;
 
     llama_memory_status  get_status() const override;
+    ggml_status          get_status_compute() const override;
     const llama_ubatch & get_ubatch() const override;
 
     //
@@ -306,6 +324,8 @@ public:
 
 private:
     const llama_memory_status status;
+
+    ggml_status status_compute = GGML_STATUS_FAILED;
 
     llama_kv_cache_depth * kv = nullptr;
 
@@ -324,4 +344,7 @@ private:
 
     // rows of one ubatch only: the next ubatch may evict
     llama_kv_cache_depth::slot_info sinfo;
+
+    // see llama_kv_cache_depth::apply_ubatch()
+    std::vector<uint32_t> n_room;
 };

@@ -25,8 +25,11 @@ public:
         head   = 0;
         p_max  = -1;
 
-        pos_scored = -1;
-        n_evicted  = 0;
+        pos_scored  = -1;
+        is_scored   = false;
+        n_evicted   = 0;
+        pos_evicted = -1;
+        pos_missing = none;
     }
 
     void clear() {
@@ -123,22 +126,47 @@ public:
         if (p == p_max) {
             update_max();
         }
-
-        if (n_used == 0) {
-            pos_scored = -1;
-            n_evicted  = 0;
-        }
     }
 
-    // remove the positions in [p0, p1)
+    // free a cell while p_last is the last position of the sequence
+    void evict(uint32_t i, llama_pos p_last) {
+        pos_evicted = p_last;
+        pos_missing = std::min(pos_missing, pos[i]);
+
+        n_evicted++;
+
+        rm(i);
+    }
+
+    // what is left when the positions from p0 on are removed is what the layer held when p0 was the next one, or all there is
+    bool can_rm_from(llama_pos p0) const {
+        return p0 > pos_evicted || p0 <= pos_missing;
+    }
+
+    // remove the positions in [p0, p1), to the end of the sequence if p1 is none
     void rm_range(llama_pos p0, llama_pos p1) {
+        if (p1 == none && p0 <= pos_missing && n_evicted > 0) {
+            // nothing is missing any more. scores that what is removed has given are not those of a fresh evaluation
+            std::fill(acc.begin(), acc.end(), 0.0f);
+            std::fill(cnt.begin(), cnt.end(), 0.0f);
+
+            is_scored   = false;
+            n_evicted   = 0;
+            pos_evicted = -1;
+            pos_missing = none;
+        } else {
+            // what was evicted behind the range is not known, and to go back into it is to go back to its end
+            pos_evicted = pos_evicted >= p0 && pos_evicted < p1 ? p1 : pos_evicted;
+            pos_missing = pos_missing >= p0 && pos_missing < p1 ? p1 : pos_missing;
+        }
+
         // front ends remove what is not there before every step, in every layer
         if (p0 > p_max) {
             return;
         }
 
         // no need to look for the last position after each of them
-        p_max = std::numeric_limits<llama_pos>::max();
+        p_max = none;
 
         for (uint32_t i = n_rows; i-- > 0; ) {
             if (pos[i] >= p0 && pos[i] < p1) {
@@ -149,6 +177,7 @@ public:
         update_max();
 
         pos_scored = std::min(pos_scored, p_max);
+        is_scored  = is_scored && n_used > 0;
     }
 
     // pos = pos + d for the positions in [p0, p1), cells that become negative are removed
@@ -161,7 +190,14 @@ public:
 
         update_max();
 
-        pos_scored = std::min(pos_scored, p_max);
+        const auto moved = [&](llama_pos p) {
+            return p >= p0 && p < p1 ? std::max(0, p + d) : p;
+        };
+
+        // what is behind the range may come first now
+        pos_missing = pos_missing < p1 ? std::min(moved(pos_missing), p1) : pos_missing;
+        pos_evicted = moved(pos_evicted);
+        pos_scored  = std::min(moved(pos_scored), p_max);
     }
 
     // pos = pos / d for the positions in [p0, p1)
@@ -174,7 +210,13 @@ public:
 
         update_max();
 
-        pos_scored = std::min(pos_scored, p_max);
+        const auto moved = [&](llama_pos p) {
+            return p >= p0 && p < p1 ? p / d : p;
+        };
+
+        pos_missing = moved(pos_missing);
+        pos_evicted = moved(pos_evicted);
+        pos_scored  = std::min(moved(pos_scored), p_max);
     }
 
     // rotary shift that the stored keys still lack, empty: none of them
@@ -205,8 +247,17 @@ public:
     // the last position whose query has been counted, -1: none
     llama_pos pos_scored = -1;
 
-    // cells freed by eviction since the sequence was last empty
-    uint64_t n_evicted = 0;
+    // some cell has been judged
+    bool is_scored = false;
+
+    // eviction since the layer last held every token of the sequence: cells freed, the last position of the sequence at the
+    // time of the last one (-1: there was none), and the first position that may be missing
+    uint64_t  n_evicted   = 0;
+    llama_pos pos_evicted = -1;
+    llama_pos pos_missing = none;
+
+    // a position behind all others
+    static constexpr llama_pos none = std::numeric_limits<llama_pos>::max();
 
 private:
     std::vector<llama_pos> pos;
@@ -238,8 +289,8 @@ private:
     }
 };
 
-// positions of one sequence that eviction must not touch
-class llama_kv_depth_pins {
+// a set of positions of one sequence, as disjoint spans
+class llama_kv_depth_spans {
 public:
     void clear() {
         spans.clear();
@@ -247,6 +298,34 @@ public:
 
     bool empty() const {
         return spans.empty();
+    }
+
+    // -1 if empty
+    llama_pos pos_min() const {
+        llama_pos res = -1;
+        for (const auto & s : spans) {
+            res = res < 0 ? s.first : std::min(res, s.first);
+        }
+        return res;
+    }
+
+    llama_pos pos_max() const {
+        llama_pos res = -1;
+        for (const auto & s : spans) {
+            res = std::max(res, s.second - 1);
+        }
+        return res;
+    }
+
+    // the last one before p, -1: there is none
+    llama_pos pos_before(llama_pos p) const {
+        llama_pos res = -1;
+        for (const auto & s : spans) {
+            if (s.first < p) {
+                res = std::max(res, std::min(s.second, p) - 1);
+            }
+        }
+        return res;
     }
 
     bool has(llama_pos p) const {
@@ -258,11 +337,11 @@ public:
         return false;
     }
 
-    // number of pinned positions that are not sinks
-    uint32_t count(uint32_t n_sink) const {
+    // number of positions from p on
+    uint32_t count(llama_pos p) const {
         uint32_t res = 0;
         for (const auto & s : spans) {
-            const llama_pos p0 = std::max(s.first, (llama_pos) n_sink);
+            const llama_pos p0 = std::max(s.first, p);
             res += s.second > p0 ? s.second - p0 : 0;
         }
         return res;
@@ -272,7 +351,12 @@ public:
         if (p1 <= p0) {
             return;
         }
-        // merge with what is pinned already, so that no position counts twice
+        // a sequence grows at its end
+        if (!spans.empty() && spans.back().second == p0 && spans.back().second > pos_max()) {
+            spans.back().second = p1;
+            return;
+        }
+        // no position counts twice
         rm(p0, p1);
         spans.emplace_back(p0, p1);
     }
@@ -293,13 +377,13 @@ public:
         spans = std::move(res);
     }
 
-    // move the pinned positions in [p0, p1) by d
+    // move the positions in [p0, p1) by d, those that become negative are removed
     void shift(llama_pos p0, llama_pos p1, llama_pos d) {
         std::vector<std::pair<llama_pos, llama_pos>> moved;
         for (const auto & s : spans) {
             const llama_pos m0 = std::max(s.first,  p0);
             const llama_pos m1 = std::min(s.second, p1);
-            // a span may be pinned up to the largest position there is
+            // a span may reach to the largest position there is
             const int64_t n0 = std::max<int64_t>((int64_t) m0 + d, 0);
             const int64_t n1 = std::min<int64_t>((int64_t) m1 + d, std::numeric_limits<llama_pos>::max());
 
@@ -309,6 +393,23 @@ public:
         }
         rm(p0, p1);
         for (const auto & s : moved) {
+            add(s.first, s.second);
+        }
+    }
+
+    // divide the positions in [p0, p1) by d
+    void div(llama_pos p0, llama_pos p1, int d) {
+        std::vector<std::pair<llama_pos, llama_pos>> divided;
+        for (const auto & s : spans) {
+            const llama_pos m0 = std::max(s.first,  p0);
+            const llama_pos m1 = std::min(s.second, p1);
+
+            if (m0 < m1) {
+                divided.emplace_back(m0/d, (m1 - 1)/d + 1);
+            }
+        }
+        rm(p0, p1);
+        for (const auto & s : divided) {
             add(s.first, s.second);
         }
     }

@@ -364,7 +364,8 @@ std::vector<int32_t> llama_kv_depth_layers(const llama_model & model) {
     std::vector<int32_t> res;
 
     for (uint32_t il = 0; il < hparams.n_layer(); ++il) {
-        if (hparams.has_kv(il) && !hparams.is_swa(il)) {
+        // a layer without KV heads has no attention at all
+        if (hparams.has_kv(il) && !hparams.is_swa(il) && hparams.n_head_kv(il) > 0) {
             res.push_back(il);
         }
     }

@@ -58,7 +58,13 @@ bool llama_kv_depth_sched::reserve(ggml_backend_sched_t sched_main, size_t max_n
     ggml_backend_sched_reserve_size(sched.get(), gf, cur.data());
 
     for (size_t i = 0; i < sizes.size(); ++i) {
-        sizes[i] = std::max(sizes[i], cur[i]);
+        // backends that share a type of buffer share the buffer
+        bool is_shared = false;
+        for (size_t j = 0; j < i; ++j) {
+            is_shared = is_shared || ggml_backend_sched_get_buffer_type(sched.get(), backends[j]) == ggml_backend_sched_get_buffer_type(sched.get(), backends[i]);
+        }
+
+        sizes[i] = is_shared ? 0 : std::max(sizes[i], cur[i]);
     }
 
     return true;
@@ -82,6 +88,9 @@ ggml_status llama_kv_depth_sched::compute(ggml_backend_sched_t sched_main, size_
 
     const ggml_status status = ggml_backend_sched_graph_compute(sched.get(), gf);
 
+    if (status == GGML_STATUS_ABORTED) {
+        return status;
+    }
     if (status != GGML_STATUS_SUCCESS) {
         LLAMA_LOG_ERROR("%s: failed to compute the graph: %s\n", __func__, ggml_status_to_string(status));
         return status;

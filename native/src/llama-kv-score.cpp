@@ -17,7 +17,7 @@ const char * llama_kv_score_names() {
 
 std::vector<uint32_t> llama_kv_score_select(
         const llama_kv_depth_cells & cells,
-        const llama_kv_depth_pins  & pins,
+        const llama_kv_depth_spans & pins,
         const std::vector<float>   & scores,
         uint32_t                     n_sink,
         uint32_t                     n_recent,
@@ -29,17 +29,20 @@ std::vector<uint32_t> llama_kv_score_select(
     rows.reserve(cells.get_used());
 
     std::vector<uint32_t> sinks;
+    std::vector<uint32_t> pinned;
     std::vector<uint32_t> recent;
 
     for (uint32_t i = 0; i < cells.used_max_p1(); ++i) {
         const llama_pos p = cells.pos_get(i);
 
-        if (p < 0 || (!pins.empty() && pins.has(p))) {
+        if (p < 0) {
             continue;
         }
 
-        (p < p0 ? sinks : p >= p1 ? recent : rows).push_back(i);
+        (p < p0 ? sinks : !pins.empty() && pins.has(p) ? pinned : p >= p1 ? recent : rows).push_back(i);
     }
+
+    const uint32_t n_pin = pins.count(n_sink);
 
     // positions that have been divided share cells: no more of them are safe than the capacity of a layer counts on
     const auto by_pos = [&](uint32_t a, uint32_t b) {
@@ -49,6 +52,10 @@ std::vector<uint32_t> llama_kv_score_select(
     if (sinks.size() > n_sink) {
         std::stable_sort(sinks.begin(), sinks.end(), by_pos);
         rows.insert(rows.end(), sinks.begin() + n_sink, sinks.end());
+    }
+    if (pinned.size() > n_pin) {
+        std::stable_sort(pinned.begin(), pinned.end(), by_pos);
+        rows.insert(rows.end(), pinned.begin() + n_pin, pinned.end());
     }
     if (recent.size() > n_recent) {
         std::stable_sort(recent.begin(), recent.end(), by_pos);

@@ -58,7 +58,7 @@ const char * llama_kv_score_names();
 // fewer rows are returned if there is not enough to choose from
 std::vector<uint32_t> llama_kv_score_select(
         const llama_kv_depth_cells & cells,
-        const llama_kv_depth_pins  & pins,
+        const llama_kv_depth_spans & pins,
         const std::vector<float>   & scores,
         uint32_t                     n_sink,
         uint32_t                     n_recent,

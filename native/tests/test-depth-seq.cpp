@@ -6,6 +6,7 @@
 #include "llama-kv-cache-depth.h"
 #include "llama.h"
 
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -24,10 +25,10 @@ static std::string path_model;
 
 static llama_model * model;
 
-static context_ptr make_context(uint32_t n_seq_max, float budget, uint32_t n_cells = 0, ggml_type type_k = GGML_TYPE_F16, bool fa = false) {
+static context_ptr make_context(uint32_t n_seq_max, float budget, uint32_t n_cells = 0, ggml_type type_k = GGML_TYPE_F16, bool fa = false, uint32_t n_ctx_seq = 256) {
     auto cparams = llama_context_default_params();
 
-    cparams.n_ctx           = 256*n_seq_max;
+    cparams.n_ctx           = n_ctx_seq*n_seq_max;
     cparams.n_batch         = 128;
     cparams.n_ubatch        = 32;
     cparams.n_seq_max       = n_seq_max;
@@ -177,23 +178,9 @@ static void test_copy_keep_remove() {
     CHECK(llama_memory_seq_pos_max(mem, 0) == -1 && llama_memory_seq_pos_max(mem, 1) == -1);
     CHECK(llama_memory_seq_pos_min(mem, 2) ==  0 && llama_memory_seq_pos_max(mem, 2) == 223);
 
-    // a suffix goes exactly
-    CHECK(positions(ctx.get(), 1, 2).back() == 223);
-    CHECK(llama_memory_seq_rm(mem, 2, 210, -1));
-    CHECK(llama_memory_seq_pos_max(mem, 2) == 209);
-    for (int i = 0; i < llama_depthkv_layer_count(model); ++i) {
-        for (const llama_pos p : positions(ctx.get(), i, 2)) {
-            CHECK(p < 210);
-        }
-    }
-    // further back than the recent window: layers may have evicted the tokens before the cut, the sequence goes on there
-    for (const llama_pos cut : { 190, 150, 120, 40 }) {
-        CHECK(llama_memory_seq_rm(mem, 2, cut, -1));
-        CHECK(llama_memory_seq_pos_max(mem, 2) == cut - 1);
-        CHECK(llama_memory_seq_pos_min(mem, 2) == 0);
-        decode(ctx.get(), {{ 2, { t[cut], t[cut + 1] } }}, cut);
-        CHECK(llama_memory_seq_pos_max(mem, 2) == cut + 1);
-    }
+    // the last token goes, as does all of them
+    CHECK(llama_memory_seq_rm(mem, 2, 223, -1));
+    CHECK(llama_memory_seq_pos_max(mem, 2) == 222);
 
     CHECK(llama_memory_seq_rm(mem, 2, -1, -1));
     CHECK(llama_memory_seq_pos_max(mem, 2) == -1);
@@ -209,27 +196,220 @@ static void test_copy_keep_remove() {
     CHECK(l.used == 0 && l.evicted == 0);
 }
 
-// context shift: the keys are rotated as in the stock cache
-static void test_shift(ggml_type type_k, bool fa, double tolerance) {
-    auto stock = make_context(1, 0.0f, 0,   type_k, fa);
-    auto depth = make_context(1, 0.0f, 256, type_k, fa);
+static std::vector<std::vector<llama_pos>> positions_all(llama_context * ctx, llama_seq_id seq) {
+    std::vector<std::vector<llama_pos>> res;
+    for (int i = 0; i < llama_depthkv_layer_count(model); ++i) {
+        res.push_back(positions(ctx, i, seq));
+    }
+    return res;
+}
 
-    const auto t = make_tokens(224, 4);
+// going back never leaves less than a fresh evaluation would
+static void test_rollback() {
+    const auto t = make_tokens(256, 11);
 
-    for (auto * ctx : { stock.get(), depth.get() }) {
-        auto * mem = llama_get_memory(ctx);
+    // while nothing has been evicted, any end can be taken back
+    {
+        auto ctx   = make_context(1, 0.5f);
+        auto stock = make_context(1, 0.0f);
 
-        feed(ctx, 0, t, 0, 200);
-        CHECK(llama_memory_can_shift(mem));
-        CHECK(llama_memory_seq_rm(mem, 0, 4, 68));
-        llama_memory_seq_add(mem, 0, 68, -1, -64);
-        CHECK(llama_memory_seq_pos_max(mem, 0) == 135);
+        for (auto * c : { ctx.get(), stock.get() }) {
+            feed(c, 0, t, 0, 120);
+            CHECK(llama_depthkv_seq_pos_rollback(c, 0, 50) == 50);
+            CHECK(llama_depthkv_seq_rollback(c, 0, 50) == 50);
+        }
+        CHECK(feed(ctx.get(), 0, t, 50, 60) == feed(stock.get(), 0, t, 50, 60));
     }
 
-    const auto x = decode(stock.get(), {{ 0, { t[200] } }}, 136)[0];
-    const auto y = decode(depth.get(), {{ 0, { t[200] } }}, 136)[0];
+    for (const int n : { 140, 200 }) {
+        auto ctx = make_context(1, 0.5f);
+        auto * mem = llama_get_memory(ctx.get());
 
-    CHECK(nmse(x, y) < tolerance);
+        feed(ctx.get(), 0, t, 0, n);
+
+        const auto n_reeval = [&]() {
+            llama_depthkv_stats stats;
+            CHECK(llama_depthkv_get_stats(ctx.get(), &stats));
+            return stats.n_reeval;
+        };
+
+        for (const int cut : { n - 1, n - 5, n - 40, 100, 1 }) {
+            const auto held = positions_all(ctx.get(), 0);
+
+            // a removal that is refused changes nothing
+            const llama_pos p = llama_depthkv_seq_pos_rollback(ctx.get(), 0, cut);
+            CHECK(p >= 0 && p <= cut);
+            if (p < cut) {
+                CHECK(!llama_memory_seq_rm(mem, 0, cut, -1));
+                CHECK(positions_all(ctx.get(), 0) == held);
+                CHECK(llama_memory_seq_pos_max(mem, 0) == n - 1);
+                CHECK(llama_depthkv_seq_pos_rollback(ctx.get(), 0, p) == p);
+            }
+
+            const uint64_t n_before = n_reeval();
+
+            const llama_pos q = llama_depthkv_seq_rollback(ctx.get(), 0, cut);
+            CHECK(q <= p && (q == cut || q % 128 == 0));
+            CHECK(llama_memory_seq_pos_max(mem, 0) == q - 1);
+
+            CHECK(n_reeval() == n_before + (cut - q));
+
+            // what a fresh evaluation leaves before the next ubatch: room for that, and the recent window whole
+            for (const auto & held : positions_all(ctx.get(), 0)) {
+                CHECK((int) held.size() >= std::min(q, 128 - 32 - 4));
+                for (int i = 1; i <= std::min(q, 32); ++i) {
+                    CHECK(held[held.size() - i] == q - i);
+                }
+            }
+
+            feed(ctx.get(), 0, t, q, n);
+
+            // from there on it is as if it had never been elsewhere
+            if (q < cut) {
+                auto fresh = make_context(1, 0.5f);
+                CHECK(feed(fresh.get(), 0, t, 0, n) == feed(ctx.get(), 0, t, llama_depthkv_seq_rollback(ctx.get(), 0, cut), n));
+                CHECK(positions_all(ctx.get(), 0) == positions_all(fresh.get(), 0));
+            }
+        }
+        CHECK(n == 140 || n_reeval() > 0);
+    }
+
+    // what a removal in two steps leaves is no more than what one leaves
+    {
+        auto ctx   = make_context(1, 0.5f);
+        auto stock = make_context(1, 0.0f);
+
+        feed(ctx  .get(), 0, t, 0, 240);
+        feed(stock.get(), 0, t, 0, 240);
+
+        for (auto * c : { ctx.get(), stock.get() }) {
+            CHECK(llama_memory_seq_rm(llama_get_memory(c), 0, 150, 239));
+        }
+        CHECK(!llama_memory_seq_rm(llama_get_memory(ctx  .get()), 0, 239, -1));
+        CHECK( llama_memory_seq_rm(llama_get_memory(stock.get()), 0, 239, -1));
+        CHECK(llama_memory_seq_pos_max(llama_get_memory(stock.get()), 0) == 149);
+        CHECK(llama_depthkv_seq_rollback(ctx.get(), 0, 239) == 0);
+    }
+    {
+        auto ctx = make_context(1, 0.5f);
+        auto * mem = llama_get_memory(ctx.get());
+
+        feed(ctx.get(), 0, t, 0, 100);
+        CHECK(llama_memory_seq_rm(mem, 0, 60, 90));
+        CHECK(llama_memory_seq_rm(mem, 0, 90, -1));
+        CHECK(llama_memory_seq_pos_max(mem, 0) == 59);
+    }
+
+    // what was pinned is pinned when it comes back
+    {
+        auto ctx = make_context(1, 0.5f);
+
+        CHECK(llama_depthkv_pin(ctx.get(), 0, 0, 40));
+        feed(ctx.get(), 0, t, 0, 240);
+        CHECK(llama_depthkv_seq_pos_rollback(ctx.get(), 0, 200) >= 40);
+        CHECK(llama_depthkv_seq_rollback(ctx.get(), 0, 200) == 0);
+        feed(ctx.get(), 0, t, 0, 240);
+        for (const auto & held : positions_all(ctx.get(), 0)) {
+            CHECK(held.size() > 40 && held[39] == 39);
+        }
+        // but not what is taken back
+        CHECK(llama_depthkv_seq_rollback(ctx.get(), 0, 20) == 20);
+        feed(ctx.get(), 0, t, 20, 240);
+        CHECK(positions(ctx.get(), 0, 0)[39] != 39);
+    }
+
+    // a copy of the front ends where the original could go back to
+    {
+        auto ctx = make_context(2, 0.5f);
+        auto * mem = llama_get_memory(ctx.get());
+
+        feed(ctx.get(), 0, t, 0, 240);
+        const llama_pos p = llama_depthkv_seq_pos_rollback(ctx.get(), 0, 150);
+        CHECK(p < 150);
+        llama_memory_seq_cp(mem, 0, 1, 0, 150);
+        CHECK(llama_memory_seq_pos_max(mem, 1) == p - 1);
+        CHECK(llama_memory_seq_pos_max(mem, 0) == 239);
+    }
+
+    // a restored state knows what it lacks
+    {
+        auto ctx = make_context(1, 0.5f);
+        feed(ctx.get(), 0, t, 0, 240);
+
+        std::vector<uint8_t> state(llama_state_seq_get_size(ctx.get(), 0));
+        CHECK(llama_state_seq_get_data(ctx.get(), state.data(), state.size(), 0) == state.size());
+
+        auto other = make_context(1, 0.5f);
+        CHECK(llama_state_seq_set_data(other.get(), state.data(), state.size(), 0) == state.size());
+        for (llama_pos p = 0; p <= 240; ++p) {
+            CHECK(llama_depthkv_seq_pos_rollback(other.get(), 0, p) == llama_depthkv_seq_pos_rollback(ctx.get(), 0, p));
+        }
+    }
+}
+
+// drafts that are rejected: what one batch has brought can be taken back, whatever the cells hold
+static void test_drafts() {
+    for (const uint32_t n_seq : { 1u, 3u }) {
+        auto ctx = make_context(n_seq, 0.5f);
+        auto * mem = llama_get_memory(ctx.get());
+
+        llama_depthkv_stats stats;
+        CHECK(llama_depthkv_get_stats(ctx.get(), &stats));
+
+        const int n_draft = stats.n_ubatch;
+
+        const auto t = make_tokens(256, 12);
+
+        std::mt19937 rng(13);
+        std::vector<llama_pos> end(n_seq, 0);
+
+        while (end[0] < 256 - n_draft) {
+            std::vector<std::pair<llama_seq_id, std::vector<llama_token>>> parts;
+            for (uint32_t s = 0; s < n_seq; ++s) {
+                parts.push_back({ (llama_seq_id) s, { t.begin() + end[s], t.begin() + end[s] + n_draft } });
+            }
+            decode(ctx.get(), parts, end[0]);
+
+            // some of the draft, or nothing
+            const int n_accepted = rng()%4 == 0 ? 0 : 1 + rng()%n_draft;
+            for (uint32_t s = 0; s < n_seq; ++s) {
+                end[s] += n_accepted;
+                CHECK(llama_memory_seq_rm(mem, s, end[s], -1));
+                CHECK(llama_memory_seq_pos_max(mem, s) == end[s] - 1);
+            }
+        }
+        CHECK(llama_depthkv_get_stats(ctx.get(), &stats));
+        CHECK(stats.n_evict > 0 && stats.n_reeval == 0);
+    }
+}
+
+// context shift: the keys are rotated as in the stock cache, more of them than one graph takes, and those of each sequence
+static void test_shift(ggml_type type_k, bool fa, double tolerance) {
+    const uint32_t n_ctx_seq = 1280;
+
+    auto stock = make_context(2, 0.0f, 0,         type_k, fa, n_ctx_seq);
+    auto depth = make_context(2, 0.0f, n_ctx_seq, type_k, fa, n_ctx_seq);
+
+    const auto t = make_tokens(1200, 4);
+
+    for (const llama_seq_id seq : { 1, 0 }) {
+        for (auto * ctx : { stock.get(), depth.get() }) {
+            auto * mem = llama_get_memory(ctx);
+
+            for (int i = 0; i < 1200; i += 100) {
+                decode(ctx, {{ seq, { t.begin() + i, t.begin() + i + 100 } }}, i);
+            }
+            CHECK(llama_memory_can_shift(mem));
+            CHECK(llama_memory_seq_rm(mem, seq, 4, 68));
+            llama_memory_seq_add(mem, seq, 68, -1, -64);
+            CHECK(llama_memory_seq_pos_max(mem, seq) == 1135);
+        }
+
+        const auto x = decode(stock.get(), {{ seq, { t[200] } }}, 1136)[0];
+        const auto y = decode(depth.get(), {{ seq, { t[200] } }}, 1136)[0];
+
+        CHECK(nmse(x, y) < tolerance);
+    }
 }
 
 static void test_state() {
@@ -325,7 +505,7 @@ static void test_pins() {
     CHECK(llama_depthkv_pin(ctx.get(), 0, 40, 70));
 
     // the end of a span moves as far as positions go
-    llama_kv_depth_pins pins;
+    llama_kv_depth_spans pins;
     pins.add(10, INT32_MAX);
     pins.shift(0, INT32_MAX, 100);
     CHECK(pins.spans == (std::vector<std::pair<llama_pos, llama_pos>> {{ 110, INT32_MAX }}));
@@ -350,6 +530,24 @@ static void test_div() {
 
     for (int i = 0; i < 120; ++i) {
         decode(ctx.get(), {{ 0, { t[120 + i] } }}, 8 + i);
+    }
+
+    // pinned positions that share cells do not take more of them than were counted
+    CHECK(llama_memory_seq_rm(mem, 0, -1, -1));
+    feed(ctx.get(), 0, t, 0, 120);
+    llama_memory_seq_div(mem, 0, 0, -1, 16);
+    CHECK(llama_depthkv_pin(ctx.get(), 0, 0, 8));
+
+    // and are saved like others
+    std::vector<uint8_t> state(llama_state_seq_get_size(ctx.get(), 0));
+    CHECK(llama_state_seq_get_data(ctx.get(), state.data(), state.size(), 0) == state.size());
+
+    auto other = make_context(1, 0.5f);
+    CHECK(llama_state_seq_set_data(other.get(), state.data(), state.size(), 0) == state.size());
+
+    for (int i = 0; i < 120; i += 30) {
+        const std::vector<llama_token> part(t.begin() + 120 + i, t.begin() + 150 + i);
+        CHECK(decode(ctx.get(), {{ 0, part }}, 8 + i) == decode(other.get(), {{ 0, part }}, 8 + i));
     }
 
     // positions end somewhere
@@ -395,11 +593,8 @@ static void test_shift_abort() {
             CHECK(n > 20); // all calls came before
             break;
         } else {
-            CHECK(ret == 2 || ret == -2);
-            if (ret == 2) {
-                // what the aborted ubatch may have left
-                CHECK(llama_memory_seq_rm(llama_get_memory(ctx.get()), 0, 136, -1));
-            }
+            CHECK(ret == 2);
+            CHECK(llama_memory_seq_pos_max(llama_get_memory(ctx.get()), 0) == 135);
             CHECK(llama_decode(ctx.get(), llama_batch_get_one(&token, 1)) == 0);
         }
 
@@ -411,6 +606,64 @@ static void test_shift_abort() {
         }
         CHECK(nmse(expected, seen) < 1e-10);
     }
+}
+
+// eviction that is aborted evicts nothing unseen, and goes on where it was
+static void test_evict_abort() {
+    const auto t = make_tokens(224, 14);
+
+    logits_t expected;
+    std::vector<std::vector<llama_pos>> held;
+
+    int n_aborted = 0;
+
+    for (int n = -1; n < 400; n += 7) {
+        auto ctx = make_context(1, 0.5f);
+
+        feed(ctx.get(), 0, t, 0, 128);
+
+        llama_depthkv_stats stats;
+        CHECK(llama_depthkv_get_stats(ctx.get(), &stats));
+        CHECK(stats.n_evict == 0);
+
+        CHECK(llama_depthkv_pin(ctx.get(), 0, 128, 140));
+
+        abort_state state;
+        state.n_calls_ok = n;
+
+        llama_set_abort_callback(ctx.get(), abort_once, &state);
+
+        llama_batch batch = llama_batch_get_one(const_cast<llama_token *>(t.data() + 128), 32);
+
+        const int ret = llama_decode(ctx.get(), batch);
+        if (n < 0) {
+            CHECK(ret == 0);
+        } else if (ret == 0) {
+            break; // all calls came before
+        } else {
+            CHECK(ret == 2);
+            CHECK(llama_memory_seq_pos_max(llama_get_memory(ctx.get()), 0) == 127);
+            CHECK(llama_decode(ctx.get(), batch) == 0);
+            n_aborted++;
+        }
+
+        const float * logits = llama_get_logits_ith(ctx.get(), -1);
+        const logits_t seen(logits, logits + llama_vocab_n_tokens(llama_model_get_vocab(model)));
+
+        if (n < 0) {
+            expected = seen;
+            held     = positions_all(ctx.get(), 0);
+        }
+        CHECK(nmse(expected, seen) < 1e-10);
+        CHECK(positions_all(ctx.get(), 0) == held);
+
+        // what was pinned ahead of a decode that was aborted is still pinned
+        feed(ctx.get(), 0, t, 160, 224);
+        for (const auto & layer : positions_all(ctx.get(), 0)) {
+            CHECK(std::count_if(layer.begin(), layer.end(), [](llama_pos p) { return p >= 128 && p < 140; }) == 12);
+        }
+    }
+    CHECK(n_aborted > 5);
 }
 
 // a key that is not a number makes all logits so, until it is evicted. what the layer has learned of the other cells stays
@@ -506,8 +759,13 @@ static void test_bad_calls() {
             expect(llama_depthkv_get_layer(c, 0, seq, &l), "sequence");
             expect(llama_depthkv_get_positions(c, 0, seq, p, 4) >= 0, "sequence");
             expect(llama_depthkv_pin(c, seq, 0, 4), "sequence");
+            expect(llama_depthkv_seq_pos_rollback(c, seq, 0) >= 0, "sequence");
+            expect(llama_depthkv_seq_rollback(c, seq, 0) >= 0, "sequence");
             llama_depthkv_unpin(c, seq);
         }
+        expect(llama_depthkv_seq_pos_rollback(c, 0, -1) >= 0, "negative");
+        expect(llama_depthkv_seq_rollback(c, 0, -1) >= 0, "negative");
+        CHECK(llama_depthkv_seq_pos_rollback(c, 0, 0) == 0 && llama_depthkv_seq_rollback(c, 0, INT32_MAX) == INT32_MAX);
         expect(llama_depthkv_get_layer(c, 0, 0, nullptr), "layer is NULL");
         expect(llama_depthkv_get_stats(c, nullptr), "stats is NULL");
         expect(llama_depthkv_get_positions(c, 0, 0, nullptr, 4) >= 0, "pos is NULL");
@@ -520,6 +778,8 @@ static void test_bad_calls() {
     expect(llama_depthkv_get_stats(nullptr, &s), "NULL");
     expect(llama_depthkv_get_positions(nullptr, 0, 0, p, 4) >= 0, "NULL");
     expect(llama_depthkv_pin(nullptr, 0, 0, 4), "NULL");
+    expect(llama_depthkv_seq_pos_rollback(nullptr, 0, 0) >= 0, "NULL");
+    expect(llama_depthkv_seq_rollback(nullptr, 0, 0) >= 0, "NULL");
     llama_depthkv_unpin(nullptr, 0);
 
     auto params = llama_depthkv_alloc_params();
@@ -641,6 +901,8 @@ int main(int argc, char ** argv) {
 
     test_isolation();
     test_copy_keep_remove();
+    test_rollback();
+    test_drafts();
     test_shift(GGML_TYPE_F16,  false, 1e-5);
     test_shift(GGML_TYPE_F32,  false, 1e-9);
     test_shift(GGML_TYPE_Q8_0, true,  1e-3);
@@ -650,6 +912,7 @@ int main(int argc, char ** argv) {
     test_bad_plans();
     test_div();
     test_shift_abort();
+    test_evict_abort();
     test_broken_key();
     test_reserved();
     test_bad_calls();

@@ -133,7 +133,7 @@ static void test_div() {
 }
 
 static void test_pins() {
-    llama_kv_depth_pins pins;
+    llama_kv_depth_spans pins;
     CHECK(pins.empty() && !pins.has(0));
 
     pins.add(2, 10);
@@ -148,6 +148,14 @@ static void test_pins() {
     pins.shift(6, 100, -6);
     CHECK(pins.has(0) && pins.has(5) && !pins.has(6));
     CHECK(pins.count(0) == 6); // [2, 4) is part of [0, 6) now
+
+    CHECK(pins.pos_min() == 0 && pins.pos_max() == 5);
+    CHECK(pins.pos_before(0) == -1 && pins.pos_before(3) == 2 && pins.pos_before(100) == 5);
+
+    pins.add(10, 20);
+    pins.div(4, 100, 2); // 4, 5 and 10 to 19
+    CHECK(pins.has(3) && !pins.has(4) && pins.has(5) && pins.has(9) && !pins.has(10));
+    CHECK(pins.count(0) == 9); // 0 to 3 and 5 to 9
 
     pins.rm(0, 1000);
     CHECK(pins.empty());

@@ -34,7 +34,7 @@ static void test_select() {
             cells.rm(i); // holes
         }
 
-        llama_kv_depth_pins pins;
+        llama_kv_depth_spans pins;
         pins.add(10, 13);
 
         std::vector<float> scores(n);

@@ -9,6 +9,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <exception>
+#include <limits>
 #include <sstream>
 
 // strips cost milliseconds: they are read before a decode only while somebody watches, and not before every one
@@ -39,6 +40,7 @@ std::string server_kv_metrics::to_text() const {
     add("gauge",   "kv_cells_used",          "Cells that hold a token",                                    std::to_string(n_used));
     add("gauge",   "kv_cells_pinned",        "Cells that hold a pinned token",                             std::to_string(n_pinned));
     add("counter", "kv_cells_evicted_total", "Cells freed by eviction",                                    std::to_string(n_evicted));
+    add("counter", "kv_tokens_reevaluated_total", "Tokens of a known prompt that were evaluated again, because cells had been freed since", std::to_string(n_reeval));
     add("counter", "kv_evict_seconds_total", "Time spent on choosing and freeing cells",                   std::to_string(t_evict_us/1e6));
 
     return ss.str();
@@ -221,6 +223,7 @@ server_kv_metrics server_kv::get_metrics() const {
     res.bytes      = stats.bytes;
     res.bytes_full = stats.bytes_full;
     res.n_evicted  = stats.n_evict;
+    res.n_reeval   = stats.n_reeval;
     res.t_evict_us = stats.t_evict_us;
 
     for (size_t id = 0; id < slots.size(); ++id) {
@@ -259,6 +262,34 @@ void server_kv::pin(int id_slot, int id_task, int32_t n_tokens) {
     } else {
         SRV_WRN("slot %d: the system prompt (%d tokens) is not pinned: %s\n", id_slot, n_tokens, llama_depthkv_last_error());
     }
+}
+
+llama_pos server_kv::rollback(int id_slot, llama_pos p) {
+    if (!active()) {
+        return p;
+    }
+
+    const llama_pos res = llama_depthkv_seq_rollback(ctx, id_slot, p);
+
+    GGML_ASSERT(res >= 0);
+
+    if (res < p) {
+        SRV_INF("slot %d: positions %d to %d are evaluated again, cells have been freed since\n", id_slot, res, p);
+    }
+
+    return res;
+}
+
+int32_t server_kv::get_n_draft_max() const {
+    if (!active()) {
+        return std::numeric_limits<int32_t>::max();
+    }
+
+    // windows move with every ubatch, which slots that draft at the same time share
+    const int32_t n_share = llama_model_n_swa(llama_get_model(ctx)) > 0 ? (int32_t) slots.size() : 1;
+
+    // and the token that it follows
+    return (int32_t) stats.n_ubatch/n_share - 1;
 }
 
 void server_kv::copy(int id_slot_src, int id_slot_dst) {

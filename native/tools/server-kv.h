@@ -20,7 +20,8 @@ struct server_kv_metrics {
     uint64_t n_cells       = 0; // over layers and slots, as are the next three
     uint64_t n_used        = 0;
     uint64_t n_pinned      = 0;
-    uint64_t n_evicted     = 0; // since the model was loaded
+    uint64_t n_evicted     = 0; // since the model was loaded, as are the next two
+    uint64_t n_reeval      = 0; // tokens of a known prompt that were evaluated again
     int64_t  t_evict_us    = 0; // spent on scoring and eviction
 
     // Prometheus text format, empty if there is nothing to report
@@ -61,6 +62,12 @@ public:
 
     // pin the first n_tokens of the slot, instead of what was pinned for an earlier task, and once for each task
     void pin(int id_slot, int id_task, int32_t n_tokens);
+
+    // go back to the first p positions of the slot, or as little further as the cells allow: returns how many are left
+    llama_pos rollback(int id_slot, llama_pos p);
+
+    // longest draft that can be taken back
+    int32_t get_n_draft_max() const;
 
     // the slot has become a copy of another one
     void copy(int id_slot_src, int id_slot_dst);

@@ -14,7 +14,7 @@ from depthkv_edge.errors import DepthKVError
 llama_cpp = _library.import_bindings()
 _api = llama_cpp.llama_cpp  # the module that mirrors llama.h, and owns the library handle
 
-VERSION = 3  # LLAMA_DEPTHKV_VERSION
+VERSION = 4  # LLAMA_DEPTHKV_VERSION
 SCORERS = ("attention", "window", "streaming", "random")
 RULES = ("uniform", "proportional", "optimal")
 
@@ -55,6 +55,7 @@ class llama_depthkv_stats(ctypes.Structure):
         ("bytes_work", ctypes.c_size_t),
         ("n_score", ctypes.c_uint64),
         ("n_evict", ctypes.c_uint64),
+        ("n_reeval", ctypes.c_uint64),
         ("t_evict_us", ctypes.c_int64),
         ("scorer", ctypes.c_char * 32),
         ("rule", ctypes.c_char * 32),
@@ -129,6 +130,10 @@ llama_depthkv_get_positions = _bind(
     [_context_p, ctypes.c_int32, _seq_id, ctypes.POINTER(_pos), ctypes.c_int32],
     ctypes.c_int32,
 )
+
+# going back
+llama_depthkv_seq_pos_rollback = _bind("llama_depthkv_seq_pos_rollback", [_context_p, _seq_id, _pos], _pos)
+llama_depthkv_seq_rollback = _bind("llama_depthkv_seq_rollback", [_context_p, _seq_id, _pos], _pos)
 
 # pinning
 llama_depthkv_pin = _bind("llama_depthkv_pin", [_context_p, _seq_id, _pos, _pos], ctypes.c_bool)

@@ -44,7 +44,7 @@ class Turn:
         text: the answer.
         finish: why it ended: `stop` (the model ended its turn), `length`, `context` (no position left) or `interrupt`.
         tokens_new: tokens that the message added, the template's own among them.
-        tokens_evaluated: tokens computed, without those of the answer.
+        tokens_evaluated: tokens computed, without those of the answer; with what had to be computed once more.
         tokens_generated: tokens of the answer.
         tokens_dropped: tokens of old turns that this one made room for itself by.
         kv: the KV cache after it.
@@ -177,7 +177,7 @@ class Conversation:
         """
         if not user.strip():
             raise DepthKVError("the message is empty: say something")
-        dropped, evaluated = self._dropped, self._evaluated
+        dropped, evaluated = self._dropped, self._evaluated + self._n_reeval()
         pieces: list[str] = []
         with self._engine_errors():
             n_new = self._prefill(user, [], on_prefill, stop)
@@ -190,7 +190,7 @@ class Conversation:
             text=text,
             finish=finish,
             tokens_new=n_new,
-            tokens_evaluated=self._evaluated - evaluated,
+            tokens_evaluated=self._evaluated + self._n_reeval() - evaluated,
             tokens_generated=n_generated,
             tokens_dropped=self._dropped - dropped,
             kv=self.llama.kv_stats(),
@@ -295,18 +295,15 @@ class Conversation:
         tokens = prompt.tokens + self._fitting(answer, self._n_system + len(prompt.tokens) - n_lead)
         if not self._make_room(len(self._pending) + len(tokens)):
             # nothing of the conversation can stay beside this message: it follows the system prompt directly
-            if not self._drop_all():
-                return self._open(user, answer, on_prefill, stop)
+            self._drop_all()
             tokens, n_lead = tokens[n_lead:], 0
         begin, pending = self.llama.n_tokens, self._pending
         self._spans.append(_Span(begin + len(pending) + n_lead))
         try:
             self._eval(pending + tokens, on_prefill, stop)
         except BaseException:
-            if self._take_back(begin):
-                self._spans.pop()
-            else:  # a sliding window has moved on: what was computed of the message stays, and is not answered
-                self._pending = []
+            self._take_back(begin)
+            self._spans.pop()
             raise
         self._pending = []
         return len(pending) + len(tokens)
@@ -400,24 +397,19 @@ class Conversation:
         self._dropped += n_removed
         self._rolls += 1
 
-    def _drop_all(self) -> bool:
-        """Remove everything behind the system prompt; False if that went too."""
-        n = self.llama.n_tokens - self._n_system + len(self._pending)
-        kept = self._take_back(self._n_system)
-        if kept:
-            self._spans, self._pending = [], []
-        else:
-            self._restart()
-        self._dropped += n
+    def _drop_all(self) -> None:
+        """Remove everything behind the system prompt."""
+        self._dropped += self.llama.n_tokens - self._n_system + len(self._pending)
         self._rolls += 1
-        return kept
+        self._take_back(self._n_system)
+        self._spans, self._pending = [], []
 
-    def _take_back(self, begin: int) -> bool:
-        """Remove the positions from `begin` on."""
-        if self.llama.n_tokens > begin and not _api.llama_memory_seq_rm(self._memory, 0, begin, -1):
-            return False
+    def _n_reeval(self) -> int:
+        return self.llama.kv_stats().n_reeval
+
+    def _take_back(self, begin: int) -> None:
+        """Remove the positions from `begin` on. What the cache lacks then is computed again with what comes next."""
         self.llama.n_tokens = begin
-        return True
 
     def _tokens(self, text: str) -> list[int]:
         return self.llama.tokenize(text.encode(), add_bos=False, special=False)

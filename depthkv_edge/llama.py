@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import inspect
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -201,6 +202,51 @@ class Llama(llama_cpp.Llama):
             DepthKVError: there is no such sequence, or the model has been closed.
         """
         _native.llama_depthkv_unpin(self.ctx, self._check_sequence(seq_id))
+
+    def rollback(self, n_tokens: int) -> int:
+        """Go back to the first `n_tokens` tokens of the context, or as little further as the KV cache can.
+
+        What a layer has evicted since then does not come back, so the context may have to go back to where nothing is
+        missing. Without evictions since then, that is never further than asked.
+
+        Returns:
+            how many tokens are left: `eval` the others again. `kv_stats().n_reeval` counts them.
+
+        Raises:
+            DepthKVError: the context has fewer tokens, or the model has been closed.
+        """
+        left = self._go_back(check_number("n_tokens", n_tokens, 0, self.n_tokens))
+        if left < self.n_tokens:
+            self.n_tokens = left
+            self._requires_eval = True
+        return left
+
+    def eval(self, tokens: Sequence[int]) -> None:
+        """As in the base class. Where a caller has set `n_tokens` back, what the cache lacks is evaluated again too."""
+        n = self.n_tokens
+        left = self._go_back(n)  # the base class removes what comes after n, and does not ask whether that was refused
+        if left < n:
+            tokens = [*self.input_ids[left:n].tolist(), *tokens]
+            self.n_tokens = left
+        super().eval(tokens)
+
+    def generate(self, tokens: Sequence[int], *args: Any, **kwargs: Any) -> Generator[int, Sequence[int] | None, None]:
+        """As in the base class. Of a prefix that is in the context already, what the cache lacks is evaluated again."""
+        tokens = list(tokens)
+        given = inspect.signature(super().generate).bind(tokens, *args, **kwargs).arguments
+        if given.get("reset", True):
+            differ = [i for i, (a, b) in enumerate(zip(self._input_ids, tokens, strict=False)) if a != b]
+            n = differ[0] if differ else min(self.n_tokens, len(tokens))
+            if n == len(tokens) and (n < self.n_tokens or self._requires_eval):
+                n -= 1  # the last token of a prompt is always evaluated
+            self.rollback(max(0, n))
+        yield from super().generate(tokens, *args, **kwargs)
+
+    def _go_back(self, n_tokens: int) -> int:
+        left = _native.llama_depthkv_seq_rollback(self.ctx, 0, n_tokens)
+        if left < 0:
+            raise DepthKVError(_native.last_error() or f"the context cannot go back to {n_tokens} tokens")
+        return left
 
     def close(self) -> None:
         """Free the model. What is asked of it later is refused, where the base class reads memory that is gone."""

@@ -18,7 +18,7 @@ class LayerStats:
         layer: index in the model.
         cells: KV cells of one sequence.
         used: cells that hold a token of the sequence.
-        evicted: tokens of the sequence that were evicted since it was last empty.
+        evicted: tokens of the sequence that were evicted since the layer last held all of it.
         bytes: K and V of all sequences.
     """
 
@@ -47,6 +47,7 @@ class KVStats:
         n_ubatch: tokens computed at once.
         n_score: scoring passes.
         n_evict: cells freed by eviction, all layers.
+        n_reeval: tokens to be evaluated again, because the sequence went back to where some layer had evicted since.
         t_evict_us: microseconds spent on scoring and eviction.
         layers: one entry for each layer whose cells grow with the context.
     """
@@ -64,6 +65,7 @@ class KVStats:
     n_ubatch: int
     n_score: int
     n_evict: int
+    n_reeval: int
     t_evict_us: int
     layers: list[LayerStats]
 
@@ -105,6 +107,7 @@ def read_stats(ctx: Any, budget: float, seq_id: int = 0) -> KVStats:
         n_ubatch=raw.n_ubatch,
         n_score=raw.n_score,
         n_evict=raw.n_evict,
+        n_reeval=raw.n_reeval,
         t_evict_us=raw.t_evict_us,
         layers=[_read_layer(ctx, i, seq_id) for i in range(raw.n_layers)],
     )

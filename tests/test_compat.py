@@ -320,7 +320,7 @@ class TestWithABudget:
 
     @pytest.mark.parametrize(("kind", "n_prompt"), [("RAM", 60), ("RAM", 160), ("Disk", 160)])
     def test_cache(self, make, tokens, kind, n_prompt, tmp_path, monkeypatch):
-        """The second instance evaluates no prompt. What the first has evicted while it answered stays evicted."""
+        """The second instance evaluates no prompt, unless the first had to evict from it while it answered."""
         cache = llama_cpp.LlamaRAMCache() if kind == "RAM" else llama_cpp.LlamaDiskCache(str(tmp_path))
         writer, reader = make(), make()
         writer.set_cache(cache)
@@ -332,11 +332,11 @@ class TestWithABudget:
             llama.create_completion(tokens[:n_prompt], max_tokens=8, temperature=0.0)["choices"][0]["text"]
             for llama in (writer, reader)
         ]
-        assert len(evaluated) <= 8
+        assert answers[0] == answers[1] != ""
         if n_prompt == 60:
-            assert evicted(writer) == 0 and answers[0] == answers[1]
+            assert evicted(writer) == 0 and len(evaluated) <= 8
         else:
-            assert evicted(writer) > 0 and answers[1]
+            assert evicted(writer) > 0 and len(evaluated) >= n_prompt
 
     def test_vocab_only(self, make):
         assert make(vocab_only=True).tokenize(b"Hello", add_bos=False)

@@ -235,6 +235,44 @@ def test_strips_say_what_is_held(fresh: Server, text: str):
     assert status == 200 and "strips" not in slots[0]["kv"]
 
 
+@pytest.mark.parametrize("n", [298, 75])
+def test_the_front_of_an_old_prompt_is_answered_as_if_it_were_new(fresh: Server, words: list[int], n: int):
+    before = fresh.metrics()["kv_tokens_reevaluated_total"]
+    fresh.complete(words[:430], 60)
+    again = fresh.complete(words[:n], 20)
+    assert fresh.metrics()["kv_tokens_reevaluated_total"] - before == n - 1 - again["timings"]["cache_n"] > 0
+    assert again["tokens"] == fresh.complete(words[:n], 20, cache_prompt=False)["tokens"]
+
+
+@pytest.mark.parametrize("body", [{}, {"temperature": 0.9, "seed": 3}])
+@pytest.mark.parametrize("n", [150, 430])
+def test_equal_requests_get_equal_text(fresh: Server, words: list[int], n: int, body: dict[str, Any]):
+    first = fresh.complete(words[:n], 60, **body)["tokens"]
+    assert [fresh.complete(words[:n], 60, **body)["tokens"] for _ in range(2)] == [first, first]
+    fresh.complete(words[800:1100], 20)
+    assert fresh.complete(words[:n], 60, **body)["tokens"] == first
+
+
+def test_equal_chats_get_equal_text(fresh: Server, text: str):
+    """The system prompt is kept: it is pinned, so nothing of it is missing."""
+    system = SYSTEM * 4
+    first, *others = (fresh.chat(text[:1000], 60, system) for _ in range(3))
+    answers = [answer["choices"][0]["message"]["content"] for answer in (first, *others)]
+    assert answers == [answers[0]] * 3
+    assert all(answer["timings"]["cache_n"] >= 128 for answer in others)
+
+
+def test_a_prompt_that_only_grows_is_evaluated_once(fresh: Server, words: list[int]):
+    before = fresh.metrics()["kv_tokens_reevaluated_total"]
+    prompt: list[int] = []
+    for turn in range(4):
+        prompt += words[turn * 90 : turn * 90 + 90]
+        answer = fresh.complete(prompt, 10)
+        assert answer["timings"]["cache_n"] == (0 if turn == 0 else len(prompt) - 91)
+        prompt += answer["tokens"]
+    assert fresh.metrics()["kv_tokens_reevaluated_total"] == before
+
+
 def test_metrics_are_the_sum_of_the_slots(fresh: Server, text: str):
     before = fresh.metrics()
     fresh.chat(text[:1400], 1)
@@ -420,6 +458,15 @@ def test_a_budget_that_is_overridden_is_not_that_of_the_draft(start: Callable[..
     assert server.slot()["kv"]["budget"] == 0.5
     assert len(re.findall(r"llama_kv_cache_depth: size =", server.log.read_text())) == 1
     server.close()
+
+
+def test_a_long_draft_can_be_taken_back(start: Callable[..., Server], smollm2: Path, words: list[int]):
+    """A draft is as long as it may be, and most of it is wrong: what it pushed out could not come back."""
+    spec = ("--spec-type", "ngram-simple", "--spec-ngram-simple-size-n", 2, "--spec-ngram-simple-size-m", 64)
+    server = start("-m", smollm2, "-c", N_CTX, "-np", 1, "--kv-budget", 0.25, *spec)
+    answer = server.complete(words[:300], 150, temperature=1.5, seed=1)
+    assert answer["timings"]["draft_n"] > answer["timings"]["draft_n_accepted"]
+    assert answer["timings"]["predicted_n"] == 150
 
 
 def test_drafts_from_the_text_itself(start: Callable[..., Server], smollm2: Path, text: str):

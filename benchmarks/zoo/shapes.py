@@ -14,6 +14,7 @@ class Shape:
         name: of the model.
         arch: `general.architecture` of its GGUF file.
         n_embd: width; matters only where `wide`.
+        n_heads_kv: of every layer, or one for each that is run.
         head: size of a head; of the global layers where those differ.
         n_ctx: context that it was trained for.
         n_rot: dimensions of a head that are rotated; 0: all.
@@ -30,7 +31,7 @@ class Shape:
     n_layers: int
     n_embd: int
     n_heads: int
-    n_heads_kv: int
+    n_heads_kv: int | tuple[int, ...]
     head: int
     n_ctx: int
     rope_base: float = 10_000.0

@@ -44,7 +44,7 @@ def _write_metadata(path: Path, shape: Shape, n_layers: int) -> None:
     writer.add_block_count(n_layers)
     writer.add_feed_forward_length(_N_FF)
     writer.add_head_count(shape.n_heads)
-    writer.add_head_count_kv(shape.n_heads_kv)
+    writer.add_head_count_kv(shape.n_heads_kv if isinstance(shape.n_heads_kv, int) else list(shape.n_heads_kv))
     writer.add_key_length(shape.head)
     writer.add_value_length(shape.head)
     writer.add_layer_norm_rms_eps(1e-6)

@@ -16,6 +16,12 @@
 #include <string>
 #include <vector>
 
+// long has 32 bits there
+#if defined(_WIN32)
+#    define fseek _fseeki64
+#    define ftell _ftelli64
+#endif
+
 static void set_tensor_data(ggml_tensor * tensor, void * userdata) {
     GGML_UNUSED(tensor);
     GGML_UNUSED(userdata);

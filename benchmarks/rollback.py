@@ -10,6 +10,7 @@ computed only the front of the document. A chat follows in which every tenth ans
 
 from __future__ import annotations
 
+import ctypes
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -74,6 +75,13 @@ def divergence(expected: np.ndarray, found: np.ndarray) -> float:
     return float((np.exp(expected) * (expected - found)).sum(axis=1).mean())
 
 
+def get_state(context: Any) -> Any:
+    size = api.llama_state_seq_get_size(context, 0)
+    state = (ctypes.c_uint8 * size)()
+    assert api.llama_state_seq_get_data(context, state, size, 0) == size
+    return state
+
+
 def go_back(context: Any, model: Model, tokens: Sequence[int], at: int) -> int:
     """Take back what comes after the first `at` tokens; returns how many of those had to be computed again."""
     left = _native.llama_depthkv_seq_rollback(context, 0, at)
@@ -96,10 +104,11 @@ def measure(model: Model, tokens: Sequence[int], budgets: Sequence[float], share
     found = []
     for budget in budgets:
         with open_context(model, n_ctx, Cache(budget)) as context, open_context(model, n_ctx, Cache(budget)) as fresh:
+            feed(context, model, tokens, 0, n)
+            state = get_state(context)
             for share, at, log_probs in zip(shares, ends, expected, strict=True):
-                for each in (context, fresh):
-                    api.llama_memory_clear(api.llama_get_memory(each), False)
-                feed(context, model, tokens, 0, n)
+                assert api.llama_state_seq_set_data(context, state, len(state), 0) == len(state)
+                api.llama_memory_clear(api.llama_get_memory(fresh), False)
                 again = go_back(context, model, tokens, at)
                 feed(fresh, model, tokens, 0, at)
                 kl, kl_fresh = (divergence(log_probs, follow(each, tokens, at)) for each in (context, fresh))

@@ -1414,7 +1414,7 @@ void llama_kv_cache_depth::state_read(llama_io_read_i & io, llama_seq_id seq_id,
 
         if (kv_iswa) {
             // it takes no notice of a sequence that is empty
-            for (uint32_t s = s0; s < s1; ++s) {
+            for (uint32_t s = s0; s < s1 && (flags & LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY) == 0; ++s) {
                 kv_iswa->seq_rm(s, -1, -1);
             }
             kv_iswa->state_read(io, seq_id, flags);

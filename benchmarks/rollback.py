@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -217,7 +218,7 @@ def main(
         with load_model(path, threads) as loaded:
             parts = -(-documents // len(read))
             cut = [part for text in read for part in windows(loaded, text, ctx, parts)][:documents]
-            with click.progressbar(cut, label="documents", file=click.get_text_stream("stderr")) as bar:
+            with click.progressbar(cut, file=sys.stderr) as bar:
                 for tokens in bar:
                     shares = rng.uniform(SHARES[0], SHARES[-1], rollbacks)
                     found += measure(loaded, tokens, shares_of, shares)

@@ -7,7 +7,6 @@ What the calibrated budgets are worth is measured by `depthkv-edge eval`.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import resource
@@ -20,8 +19,6 @@ from typing import Any
 
 import click
 import numpy as np
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from scipy.stats import spearmanr
 
 from calibrate.load import find_source
@@ -31,19 +28,11 @@ from depthkv_edge.evaluation.engine import Cache, load_model
 from depthkv_edge.evaluation.f32 import write_f32
 from depthkv_edge.evaluation.language import run_window
 from depthkv_edge.evaluation.rows import FULL, Row
+from depthkv_edge.progress import progress
 
 ABLATION_RATIO = 0.2
 
 Figures = dict[str, Any]
-
-
-@contextlib.contextmanager
-def progress(title: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A bar with the time left on standard error, where that is a terminal."""
-    columns = TextColumn(title), BarColumn(), TimeRemainingColumn()
-    with Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty()) as bar:
-        task = bar.add_task(title, total=total)
-        yield lambda n: bar.advance(task, n)
 
 
 # --- the calibration itself -----------------------------------------------------------------------------------------

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import ctypes
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -26,6 +25,7 @@ from depthkv_edge.evaluation.engine import Cache, Model, api, decode, load_model
 from depthkv_edge.evaluation.metrics.interval import interval
 from depthkv_edge.evaluation.texts import default_texts, read_texts, windows
 from depthkv_edge.models import resolve_model
+from depthkv_edge.progress import progress
 
 SHARES = (0.01, 0.1, 0.25, 0.5, 0.75, 0.9)  # edges of the table's rows
 N_NEXT = 64  # tokens that are predicted after going back
@@ -218,10 +218,11 @@ def main(
         with load_model(path, threads) as loaded:
             parts = -(-documents // len(read))
             cut = [part for text in read for part in windows(loaded, text, ctx, parts)][:documents]
-            with click.progressbar(cut, file=sys.stderr) as bar:
-                for tokens in bar:
+            with progress("rollbacks", len(cut)) as advance:
+                for tokens in cut:
                     shares = rng.uniform(SHARES[0], SHARES[-1], rollbacks)
                     found += measure(loaded, tokens, shares_of, shares)
+                    advance(1)
             (long,) = windows(loaded, read[-1], chat_ctx, 1)
             told = chat(loaded, long, chat_ctx, 0.4)
     except (DepthKVError, ValueError) as error:

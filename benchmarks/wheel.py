@@ -14,12 +14,12 @@ import click
 from depthkv_edge._library import holds_libllama, library_dir
 from depthkv_edge.bench.pairs import compare_builds, pair_cost
 from depthkv_edge.bench.process import Configuration, Worker
-from depthkv_edge.bench.report import bench_progress
 from depthkv_edge.bench.run import check_baseline
 from depthkv_edge.bench.settings import Settings, Sizes
 from depthkv_edge.bench.text import prompt_text
 from depthkv_edge.errors import DepthKVError
 from depthkv_edge.models import resolve_model
+from depthkv_edge.progress import progress
 
 
 def wheel_libraries(environment: Path) -> Path:
@@ -53,7 +53,7 @@ def main(model: str, wheel: Path, native: Path | None, pairs: int, threads: int,
         settings = Settings(n_ctx=2048, n_threads=threads, repetitions=1, sizes=sizes)
         with Worker(here, path, settings) as worker:
             tokens = worker.tokenize(prompt_text(None), settings.n_ctx)
-        with bench_progress(pair_cost(settings)) as advance:
+        with progress("bench", pair_cost(settings)) as advance:
             found = compare_builds(here, there, path, settings, tokens, advance)
     except DepthKVError as error:
         raise click.ClickException(str(error)) from None

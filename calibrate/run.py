@@ -34,7 +34,6 @@ from calibrate.load import (
 )
 from calibrate.match import check_match
 from calibrate.parallel import Processes, join_processes
-from calibrate.progress import progress
 from calibrate.scorers import get_scorer
 from calibrate.state import State, fingerprint
 from calibrate.target import Target, inspect_model
@@ -43,6 +42,7 @@ from depthkv_edge import __version__
 from depthkv_edge.calibration import CHECK_BUDGET, Calibration, read_budget
 from depthkv_edge.errors import DepthKVError
 from depthkv_edge.models import resolve_model
+from depthkv_edge.progress import progress
 
 EXACT, FAST, BOTH = "exact", "fast", "both"
 METHODS = (EXACT, FAST, BOTH)
@@ -54,6 +54,8 @@ _TAIL = {EXACT: 8, FAST: 12}
 
 # for the time left, in runs of one layer: head and divergence; eviction, the change of the output and its gradient
 _HEAD_COST, _FAST_COST = 6, 6
+# that the speed is averaged over: layers cost less and less, a short average would promise too much
+_AVERAGE_SECONDS = 1800.0
 
 # of a window in the held-out check: two floors, or there is next to nothing to share out
 _CHECK_CELLS_MIN = 2 * aligned(N_CELLS_MIN)
@@ -307,7 +309,8 @@ def _measure(
             advance(cost(EXACT, layer))
 
     seconds = dict.fromkeys(methods, 0.0)
-    with progress("measuring", total) if processes.rank == 0 else nullcontext(lambda n: None) as advance:
+    shown = progress("measuring", total, _AVERAGE_SECONDS) if processes.rank == 0 else nullcontext(lambda n: None)
+    with shown as advance:
         for method, index, layers in todo:
             start = time.perf_counter()
             measure(method, index, layers, advance)
@@ -334,7 +337,7 @@ def _check(settings: Settings, target: Target, corpus: Corpus, curves: Curves) -
     calibrated = allocate(DEFAULT_RULE, n_tokens, settings.ratios, curves.sensitivity)
     scorer = get_scorer(settings.scorer)
     total = len(corpus.held_out) * (n_tokens - settings.tail_tokens(EXACT))
-    with progress("checking", total) as advance:
+    with progress("checking", total, _AVERAGE_SECONDS) as advance:
         found = check(target, corpus.held_out, settings.tail_tokens(EXACT), scorer, uniform, calibrated, advance)
     if not (math.isfinite(found.uniform) and math.isfinite(found.calibrated)):
         raise _not_finite("the loss in the held-out windows", (found.uniform, found.calibrated), settings)

@@ -59,9 +59,10 @@ def bench(
     directory = None if baseline is None else check_baseline(Path(baseline))
     path = resolve_model(model)
 
-    from depthkv_edge.bench.report import bench_progress, print_result
+    from depthkv_edge.bench.report import print_result
     from depthkv_edge.bench.text import prompt_text
     from depthkv_edge.facts import trained_ctx
+    from depthkv_edge.progress import progress
 
     settings = Settings(
         n_ctx=min(trained_ctx(path) or _MOST_CTX, _MOST_CTX) if ctx is None else ctx,
@@ -76,7 +77,7 @@ def bench(
         prompt_text(prompt),
         directory,
         command=shlex.join(["depthkv-edge", *sys.argv[1:]]),
-        progress=bench_progress,
+        progress=lambda cost: progress("bench", cost),
     )
     if as_json:
         echo_json(result.to_dict())

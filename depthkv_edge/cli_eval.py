@@ -28,12 +28,13 @@ _MIN_CTX = 256
     multiple=True,
     type=FILE,
     metavar="FILE",
-    help="Text to read. Repeat for more. Default: four kinds.",
+    help="Text to read, or scripture, essays, documentation or code. Repeat for more. Default: those four.",
 )
 @click.option("-c", "--ctx", type=int, default=4096, show_default=True, metavar="TOKENS", help="Context, and window.")
 @click.option("--budgets", metavar="LIST", help="Shares of the full cache. Default: 0.2,0.4,0.6.")
 @click.option("--methods", metavar="LIST", help="What is compared; `--methods help` lists them.")
 @click.option("--tasks", metavar="LIST", help="What is measured; `--tasks help` lists them.")
+@click.option("--quick", is_flag=True, help="Few rows, one text, no questions: a first impression.")
 @click.option("--full", is_flag=True, help="Every method and task: hours.")
 @click.option("--windows", type=int, default=1, show_default=True, metavar="N", help="Windows of each text.")
 @click.option("--items", type=int, metavar="N", help="Of each task. Default: 1 for retrieval, all of them with --full.")
@@ -57,6 +58,7 @@ def evaluate(
     budgets: str | None,
     methods: str | None,
     tasks: str | None,
+    quick: bool,
     full: bool,
     windows: int,
     items: int | None,
@@ -83,6 +85,8 @@ def evaluate(
         if value is not None:
             check_number(name, value)
     check_seed(seed)
+    if quick and full:
+        raise DepthKVError("--quick and --full contradict each other: give one of them")
     n_threads = default_threads() if threads is None else check_threads("--threads", threads)
     path = resolve_model(model)
     for package in _PACKAGES:
@@ -92,12 +96,13 @@ def evaluate(
     # imported here, so that what is wrong so far is said at once, and --help needs no library
     from depthkv_edge.evaluation.page import write_page
     from depthkv_edge.evaluation.plots import draw_plots
-    from depthkv_edge.evaluation.progress import TerminalWatcher
     from depthkv_edge.evaluation.rows import (
         DEFAULT_BUDGETS,
         DEFAULT_METHODS,
         FULL_METHODS,
         METHODS,
+        QUICK_BUDGETS,
+        QUICK_METHODS,
         check_budgets,
         check_methods,
     )
@@ -107,6 +112,7 @@ def evaluate(
     from depthkv_edge.evaluation.table import print_report
     from depthkv_edge.evaluation.tasks import TASKS
     from depthkv_edge.evaluation.texts import default_texts, read_texts
+    from depthkv_edge.progress import LongWork
 
     known_tasks = {LANGUAGE: "running text: KL divergence, perplexity, top-1 agreement, decode speed"} | TASKS
     for given, known in ((methods, METHODS), (tasks, known_tasks)):
@@ -114,11 +120,12 @@ def evaluate(
             for name, what in known.items():
                 click.echo(f"{name:14} {what}")
             return
-    chosen_methods = _split(methods) or (FULL_METHODS if full else DEFAULT_METHODS)
+    preset = QUICK_METHODS if quick else FULL_METHODS if full else DEFAULT_METHODS
+    chosen_methods = _split(methods) or preset
     check_methods(chosen_methods)
-    chosen_budgets = _numbers(budgets) if budgets is not None else DEFAULT_BUDGETS
+    chosen_budgets = _numbers(budgets) if budgets is not None else QUICK_BUDGETS if quick else DEFAULT_BUDGETS
     check_budgets(chosen_budgets)
-    chosen_tasks = _split(tasks) or (tuple(known_tasks) if full else (LANGUAGE, "retrieval"))
+    chosen_tasks = _split(tasks) or (tuple(known_tasks) if full else (LANGUAGE,) if quick else (LANGUAGE, "retrieval"))
     for name in chosen_tasks:
         if name not in known_tasks:
             raise DepthKVError(f"task {name!r} is not known: give some of {', '.join(known_tasks)}")
@@ -126,7 +133,7 @@ def evaluate(
 
     settings = Settings(
         model=path,
-        texts=tuple(read_texts(texts) if texts else default_texts()),
+        texts=tuple(read_texts(texts) if texts else default_texts(1 if quick else None)),
         n_ctx=ctx,
         budgets=chosen_budgets,
         methods=chosen_methods,
@@ -139,7 +146,7 @@ def evaluate(
     )
     if restart:
         forget(settings)
-    with TerminalWatcher() as watcher:
+    with LongWork() as watcher:
         report = measure(settings, watcher, shlex.join(["depthkv-edge", *sys.argv[1:]])).to_dict()
     if plot is not None:
         draw_plots(report, Path(plot))

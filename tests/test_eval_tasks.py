@@ -324,6 +324,13 @@ def test_read_texts(tmp_path):
     assert read_texts([tmp_path / "a.txt"]) == [Text("a.txt", "é")]
 
 
+def test_a_text_by_name_unless_there_is_such_a_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert read_texts(["essays"]) == [default_texts()[1]]
+    (tmp_path / "essays").write_text("mine")
+    assert read_texts(["essays"]) == [Text("essays", "mine")]
+
+
 @pytest.mark.parametrize(
     "content, why",
     [(None, "does not exist"), (b" \n", "is empty"), (b"ab\xff", r"is not UTF-8 \(byte 2\)"), ("", "cannot be read")],

@@ -12,6 +12,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +109,9 @@ class Server:
 
 
 def program() -> Path:
-    return _library.library_dir() / "llama-server"
+    """The server that is tested: the package's, or another build of it, such as one under a sanitizer."""
+    directory = os.environ.get("DEPTHKV_TEST_SERVER_DIR")
+    return (Path(directory) if directory else _library.library_dir()) / "llama-server"
 
 
 @pytest.fixture(scope="module")
@@ -421,17 +424,47 @@ def test_the_facts_hold_while_a_slot_decodes(fresh: Server, words: list[int]):
     assert len({json.dumps(held(slot["kv"])) for slot in seen}) > 3  # and they move
 
 
-def test_a_client_that_leaves_frees_its_slot(fresh: Server, words: list[int]):
-    body = json.dumps({"prompt": words[:50], "n_predict": 5000, "ignore_eos": True, "stream": True, "id_slot": 0})
+@contextmanager
+def leaving(server: Server, prompt: list[int], slot: int) -> Iterator[None]:
+    """Ask for a long answer, and hang up at its beginning."""
+    body = json.dumps({"prompt": prompt, "n_predict": 5000, "ignore_eos": True, "stream": True, "id_slot": slot})
     head = f"POST /completion HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n"
-    with socket.create_connection(("127.0.0.1", fresh.port)) as client:
+    with socket.create_connection(("127.0.0.1", server.port)) as client:
         client.sendall((head + body).encode())
         assert client.recv(100).startswith(b"HTTP/1.1 200")
+        yield
+
+
+def test_a_client_that_leaves_frees_its_slot(fresh: Server, words: list[int]):
+    with leaving(fresh, words[:50], 0):
         assert fresh.slot()["is_processing"]
     give_up = time.monotonic() + 3
     while fresh.slot()["is_processing"]:
         assert time.monotonic() < give_up
         time.sleep(0.05)
+
+
+def test_four_clients_at_once(start: Callable[..., Server], smollm2: Path, words: list[int]):
+    """Each reads beyond its cells, goes back, looks at the slots, leaves, and asks once more."""
+    arguments = ("-c", 4 * N_CTX, "-np", 4, "-b", 64, "-ub", 64, "--kv-budget", BUDGET, "--slots", "--metrics")
+    server = start("-m", smollm2, *arguments)
+
+    def talk(slot: int) -> list[int]:
+        own = words[20 * slot :]
+        for n_prompt in (300, 120, 200):
+            answer = server.complete(own[:n_prompt], 8, id_slot=slot)
+            assert len(answer["tokens"]) == 8
+            assert all(layer["used"] <= layer["cells"] for layer in server.slot(slot)["kv"]["layers"])
+            server.metrics()
+        with leaving(server, own[:100], slot):
+            server.get("/slots")
+        return server.complete(own[:50], 8, id_slot=slot)["tokens"]
+
+    with ThreadPoolExecutor(4) as pool:
+        answers = list(pool.map(talk, range(4)))
+    assert all(len(tokens) == 8 for tokens in answers)
+    assert server.metrics()["kv_tokens_reevaluated_total"] > 0
+    assert not any(server.slot(slot)["is_processing"] for slot in range(4))
 
 
 def test_n_completions_of_one_prompt(fresh: Server, text: str):

@@ -14,7 +14,7 @@ import torch
 
 from benchmarks.peers import bounded, oneshot
 from benchmarks.peers.export import export_model, load_exported, write_reference
-from benchmarks.peers.generate import find_texts, make_retrievals, make_windows
+from benchmarks.peers.generate import make_retrievals, make_windows
 from benchmarks.peers.plan import FACTS, KVPRESS_STORE, ONCE, OURS_STORE, Plan
 from benchmarks.peers.table import build_report, print_report
 from depthkv_edge import __version__
@@ -25,6 +25,7 @@ from depthkv_edge.evaluation.engine import Model, load_model
 from depthkv_edge.evaluation.f32 import write_f32
 from depthkv_edge.evaluation.rows import FULL, Row, kv_bytes
 from depthkv_edge.evaluation.store import Store, digest
+from depthkv_edge.evaluation.texts import read_texts
 from depthkv_edge.facts import engine_facts, machine_facts, model_facts
 from depthkv_edge.models import resolve_model
 
@@ -141,7 +142,7 @@ def _compare(
 
 
 def _plan(model: Model, calibration: Calibration, directory: Path, settings: dict[str, Any]) -> Plan:
-    chosen = find_texts(settings["texts"])
+    chosen = read_texts(settings["texts"])
     n_prompt = settings["prompt_tokens"]
     n_tokens = n_prompt + settings["tail_tokens"]
     windows = make_windows(model, chosen, n_tokens, n_prompt, settings["windows"])

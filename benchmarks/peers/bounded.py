@@ -11,10 +11,10 @@ import torch
 from benchmarks.peers.plan import BOUNDED, FULL, Item, Plan, Retrieval, Window, record_key
 from benchmarks.peers.score import ask, score_tail
 from depthkv_edge.evaluation.engine import Model
-from depthkv_edge.evaluation.progress import TerminalWatcher
 from depthkv_edge.evaluation.rows import Row, build_rows
 from depthkv_edge.evaluation.store import Record, Store
 from depthkv_edge.evaluation.stream import Stream
+from depthkv_edge.progress import LongWork
 
 METHODS = ("depth", "uniform", "streaming")
 
@@ -47,7 +47,7 @@ def measure(model: Model, calibrated: Path, plan: Plan, store: Store) -> None:
     """
     todo = [(item, _missing_rows(model, calibrated, plan, item, store)) for item in plan.items]
     todo = [(item, rows) for item, rows in todo if rows]
-    with TerminalWatcher() as watcher:
+    with LongWork() as watcher:
         watcher.begin(sum((1 + len(rows)) * context(item) for item, rows in todo))
         for item, rows in todo:
             watcher.title(f"ours, bounded: {item.text}")

@@ -7,17 +7,7 @@ from collections.abc import Sequence
 from benchmarks.peers.plan import Question, Retrieval, Window
 from depthkv_edge.evaluation.engine import Model
 from depthkv_edge.evaluation.tasks import retrieval
-from depthkv_edge.evaluation.texts import Text, default_texts, read_texts, windows
-
-
-def find_texts(names: Sequence[str]) -> list[Text]:
-    """Texts by name, or by the path of a file.
-
-    Raises:
-        DepthKVError: a name is no text's, and no file.
-    """
-    known = {text.name: text for text in default_texts()}
-    return [known[name] if name in known else read_texts([name])[0] for name in names]
+from depthkv_edge.evaluation.texts import Text, windows
 
 
 def make_windows(model: Model, texts: Sequence[Text], n_tokens: int, n_prompt: int, n_windows: int) -> list[Window]:

@@ -25,8 +25,8 @@ from calibrate.target import Target
 from calibrate.window import copy_cache
 from depthkv_edge import _native
 from depthkv_edge.calibration import Calibration
-from depthkv_edge.evaluation.progress import TerminalWatcher
 from depthkv_edge.evaluation.store import Record, Store
+from depthkv_edge.progress import LongWork
 
 METHODS = ("depth", "uniform", "streaming")
 
@@ -159,7 +159,7 @@ def allocate(calibration: Calibration, method: str, ratio: float, n_prompt: int)
 def measure(target: Target, calibration: Calibration, plan: Plan, store: Store) -> None:
     """Everything that is not in the store yet."""
     todo = plan.missing(store, ONCE, METHODS)
-    with TerminalWatcher() as watcher:
+    with LongWork() as watcher:
         watcher.begin(sum(item.n_prompt + (1 + len(missing)) * item.n_after for item, missing in todo))
         for item, missing in todo:
             watcher.title(f"ours, evicting once: {item.text}")

@@ -28,8 +28,8 @@ from transformers.cache_utils import DynamicLayer
 from benchmarks.peers.plan import FACTS, FULL, KVPRESS, KVPRESS_STORE, Item, Plan, Window, one_pass_cells, record_key
 from benchmarks.peers.score import ask, score_tail
 from depthkv_edge.errors import DepthKVError
-from depthkv_edge.evaluation.progress import TerminalWatcher
 from depthkv_edge.evaluation.store import Record, Store
+from depthkv_edge.progress import LongWork
 
 _ATTENTION = "peers"
 _PROBE_TOKENS = 384  # of the check that a shared pass changes nothing
@@ -193,7 +193,7 @@ def check_shared_pass(model: PreTrainedModel, plan: Plan) -> None:
 def measure(model: PreTrainedModel, plan: Plan, store: Store) -> None:
     """Everything that is not in the store yet."""
     todo = plan.missing(store, KVPRESS, plan.presses)
-    with TerminalWatcher() as watcher:
+    with LongWork() as watcher:
         watcher.begin(sum(item.n_prompt + (1 + len(missing)) * item.n_after for item, missing in todo))
         for item, missing in todo:
             watcher.title(f"kvpress: {item.text}")

@@ -1,13 +1,8 @@
-"""What `bench` shows: a progress bar on a terminal's standard error, and tables on standard output."""
+"""What `bench` shows: tables on standard output."""
 
 from __future__ import annotations
 
-import contextlib
-import sys
-from collections.abc import Callable, Iterator
-
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -16,19 +11,6 @@ from depthkv_edge.bench.process import NO_BUDGET, STOCK
 from depthkv_edge.bench.result import BenchResult, PairRatio, Row
 from depthkv_edge.bench.speed import Speed
 from depthkv_edge.units import mib
-
-
-@contextlib.contextmanager
-def bench_progress(cost: int) -> Iterator[Callable[[int], None]]:
-    """A progress bar with the time left, that disappears at the end; nothing where standard error is not a terminal."""
-    if not sys.stderr.isatty():
-        yield lambda n: None
-        return
-    columns = TextColumn("bench"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn(elapsed_when_finished=True)
-    # turns last seconds and differ: only the speed over minutes says something of the time left
-    with Progress(*columns, console=Console(stderr=True), transient=True, speed_estimate_period=300) as progress:
-        task = progress.add_task("bench", total=cost)
-        yield lambda n: progress.update(task, advance=n)
 
 
 def print_result(result: BenchResult) -> None:

@@ -237,13 +237,14 @@ _TERMS = [
     (
         "prefill",
         "Prefill speed",
-        "tokens per second in the first half of a window, rows in turn, what they do to make room included; median, "
-        "and the range over the windows",
+        "tokens per second in the first half of a window, one row after another, what they do to make room "
+        "included; median, and the range over the windows",
     ),
     (
         "decode",
         "Decode speed",
-        "tokens per second at the end of a window, rows in turn; median, and the range over the windows",
+        "tokens per second at the end of a window, in turns with the full cache; median, and the range over the "
+        "windows",
     ),
     ("variables", "Variables", "chains of assignments in a text, one of which is asked for; as multi-key"),
     ("words", "Common words", "the most frequent words of a list; as multi-key"),

@@ -28,8 +28,10 @@ METHODS = {
     "random": "control: layers of equal size, random tokens are evicted",
 }
 DEFAULT_METHODS = ("depth", "uniform", "streaming", "kv-q8_0", "kv-q4_0")
+QUICK_METHODS = ("depth", "uniform", "kv-q8_0")
 FULL_METHODS = (*METHODS, "depth+kv-q8_0")
 DEFAULT_BUDGETS = (0.2, 0.4, 0.6)
+QUICK_BUDGETS = (0.4,)
 
 FULL, NOISE = "full", "noise"
 # Another batch size, no multiple of a kernel's tile, and the other attention kernel: neither should matter. On a CPU

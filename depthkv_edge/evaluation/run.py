@@ -12,8 +12,9 @@ from typing import Protocol
 
 from depthkv_edge.errors import DepthKVError
 from depthkv_edge.evaluation.engine import Model, Stopped, load_model
+from depthkv_edge.evaluation.estimate import tokens_per_second
 from depthkv_edge.evaluation.f32 import write_f32
-from depthkv_edge.evaluation.language import run_window
+from depthkv_edge.evaluation.language import open_window
 from depthkv_edge.evaluation.metrics.decode import decode_speed
 from depthkv_edge.evaluation.metrics.kl import WindowId, kl
 from depthkv_edge.evaluation.metrics.perplexity import perplexity
@@ -23,22 +24,27 @@ from depthkv_edge.evaluation.report import Report, RowResult
 from depthkv_edge.evaluation.rows import Row, build_rows, kv_bytes
 from depthkv_edge.evaluation.settings import LANGUAGE, Settings
 from depthkv_edge.evaluation.store import Record, Store, cache_dir
+from depthkv_edge.evaluation.table import metrics_line
 from depthkv_edge.evaluation.tasks import build_tasks
 from depthkv_edge.evaluation.tasks.task import Task
 from depthkv_edge.evaluation.texts import windows
+from depthkv_edge.progress import duration
 
 
 class Watcher(Protocol):
-    """Is told how an evaluation gets on."""
+    """Is told how an evaluation gets on; see `depthkv_edge.progress.LongWork`."""
 
-    def begin(self, total: int) -> None:
+    def begin(self, total: float) -> None:
         """Tokens to compute, without those of an earlier run."""
 
     def title(self, text: str) -> None:
         """What begins now."""
 
-    def advance(self, n_tokens: int) -> None:
+    def advance(self, n: float) -> None:
         """Tokens computed since the last call."""
+
+    def say(self, line: str) -> None:
+        """An estimate, or what was found: a line that stays."""
 
 
 def evaluate(settings: Settings, watcher: Watcher, command: str) -> Report:
@@ -111,9 +117,7 @@ class _Evaluation:
         missing = [i for i in self.windows if not all(_window_key(i, row) in self.store for row in self.rows)]
         asked = [(task, item, row) for task in self.tasks for item in range(task.n_items) for row in self.rows]
         unanswered = [ask for ask in asked if _task_key(*ask) not in self.store]
-        self.watcher.begin(
-            len(missing) * len(self.rows) * self.settings.n_ctx + sum(task.cost(item) for task, item, _ in unanswered)
-        )
+        self._begin(missing, sum(task.cost(item) for task, item, _ in unanswered))
         for i in missing:
             self._run_window(i)
         for ask in unanswered:
@@ -127,28 +131,58 @@ class _Evaluation:
             for j, tokens in enumerate(windows(self.model, text, self.settings.n_ctx, self.settings.windows))
         }
 
+    def _begin(self, missing: Sequence[WindowId], n_tokens_tasks: int) -> None:
+        n_rows = sum(1 + len(self._missing_rows(i)) for i in missing)
+        total = n_rows * self.settings.n_ctx + n_tokens_tasks
+        if total:
+            self.watcher.title("trying how fast this machine is")
+            seconds = total / tokens_per_second(self.model, self.settings.texts[0], self.settings.n_ctx)
+            self.watcher.say(f"{len(self.rows)} rows, {total:,} tokens: some {duration(seconds)}")
+        self.watcher.begin(total)
+
+    def _missing_rows(self, i: WindowId) -> list[Row]:
+        """Besides the full cache, which has to run again in any case: the others are compared with it."""
+        return [row for row in self.rows[1:] if _window_key(i, row) not in self.store]
+
     def _run_window(self, i: WindowId) -> None:
-        self.watcher.title(f"{self.settings.texts[i[0]].name}, window {i[1] + 1}")
-        found = run_window(self.model, self.rows, self.windows[i], self.watcher.advance)
-        for row in self.rows:
-            self.store[_window_key(i, row)] = found[row.label]
+        place = f"{self.settings.texts[i[0]].name}, window {i[1] + 1} of {self.settings.windows}"
+        full, missing = self.rows[0], self._missing_rows(i)
+        self.watcher.title(f"{place}, {full.label}")
+        directory = cache_dir() / "eval"
+        with open_window(self.model, full, self.windows[i], directory, self.watcher.advance) as window:
+            if _window_key(i, full) not in self.store:
+                self._keep_window(i, full, window.record, place)
+            for row in missing:
+                self.watcher.title(f"{place}, {row.label}")
+                self._keep_window(i, row, window.measure(row, self.watcher.advance), place)
+
+    def _keep_window(self, i: WindowId, row: Row, record: Record, place: str) -> None:
+        self.store[_window_key(i, row)] = record
+        metrics = self._language({i: record}, {i: self.store[_window_key(i, self.rows[0])]})
+        self.watcher.say(f"{place}, {row.label}: {metrics_line(metrics)}")
 
     def _run_item(self, task: Task, item: int, row: Row) -> None:
-        self.watcher.title(f"{task.name} {item + 1} of {task.n_items}, {row.label}")
-        self.store[_task_key(task, item, row)] = task.run(self.model, row, item)
+        place = f"{task.name} {item + 1} of {task.n_items}, {row.label}"
+        self.watcher.title(place)
+        record = self.store[_task_key(task, item, row)] = task.run(self.model, row, item)
         self.watcher.advance(task.cost(item))
+        reference = self.store[_task_key(task, item, self.rows[0])]
+        self.watcher.say(f"{place}: {metrics_line(task.columns({item: record}, {item: reference}))}")
+
+    def _language(self, found: dict[WindowId, Record], reference: dict[WindowId, Record]) -> dict[str, Record]:
+        return {
+            "kl": kl(found, [text.name for text in self.settings.texts]),
+            "perplexity": perplexity(found, reference),
+            "top1": top1(found),
+            "prefill": prefill_speed(found, reference),
+            "decode": decode_speed(found),
+        }
 
     def _result(self, row: Row) -> RowResult:
         metrics: dict[str, Record] = {}
         found, reference = ({i: self.store[_window_key(i, r)] for i in self.windows} for r in (row, self.rows[0]))
         if self.windows:
-            metrics = {
-                "kl": kl(found, [text.name for text in self.settings.texts]),
-                "perplexity": perplexity(found, reference),
-                "top1": top1(found),
-                "prefill": prefill_speed(found, reference),
-                "decode": decode_speed(found, reference),
-            }
+            metrics = self._language(found, reference)
         for task in self.tasks:
             records, references = (
                 {item: self.store[_task_key(task, item, r)] for item in range(task.n_items)}

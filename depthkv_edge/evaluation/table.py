@@ -43,6 +43,21 @@ def _texts(settings: dict[str, Any]) -> str:
     return f"{settings['windows']} x {names}" if settings["windows"] > 1 else names
 
 
+def metrics_line(metrics: dict[str, Any]) -> str:
+    """One line of what was found of a row."""
+    asked = {name.replace("_", " "): _answers(metrics.get(name)) for name in _PROBES}
+    parts = {
+        "KL": _kl(metrics.get("kl")),
+        "top-1 %": _percent(metrics.get("top1"), "share"),
+        "prefill": _format(metrics.get("prefill"), "ratio", ".2f"),
+        "decode": _format(metrics.get("decode"), "ratio", ".2f"),
+        **asked,
+        "greedy %": _percent(metrics.get("greedy"), "agreement"),
+        "summary ROUGE-1": _format(metrics.get("summary"), "rouge1", ".2f"),
+    }
+    return "; ".join(f"{name} {text}" for name, text in parts.items() if text)
+
+
 def _held(rows: list[Row]) -> Table:
     """Memory, and running text."""
     columns = "KV\nMiB", "of\nfull", "tokens held,\nmean (min-max)", "KL, nats\n(95 %)", "perplexity\nratio"

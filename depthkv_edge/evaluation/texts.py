@@ -33,26 +33,26 @@ class Text:
 
 
 def read_texts(paths: Sequence[str | Path]) -> list[Text]:
-    """Text files, named by their file names.
+    """Text files, named by their file names, or some of `TEXTS`. A file with the name of one of these comes first.
 
     Raises:
-        DepthKVError: a file is missing, unreadable, empty or not UTF-8.
+        DepthKVError: a file is missing, unreadable, empty or not UTF-8; a package is missing.
     """
-    return [Text(Path(path).name, _read(Path(path))) for path in paths]
+    return [
+        Text(str(path), TEXTS[str(path)]())
+        if str(path) in TEXTS and not Path(path).exists()
+        else Text(Path(path).name, _read(Path(path)))
+        for path in paths
+    ]
 
 
-def default_texts() -> list[Text]:
-    """Scripture, essays, documentation and code, in English.
+def default_texts(n: int | None = None) -> list[Text]:
+    """The first n of `TEXTS`, or all.
 
     Raises:
         DepthKVError: a package that carries one is not installed; the message says how to install it.
     """
-    return [
-        Text("scripture", _scripture()),
-        Text("essays", _essays()),
-        Text("documentation", _documentation()),
-        Text("code", _code()),
-    ]
+    return [Text(name, make()) for name, make in list(TEXTS.items())[:n]]
 
 
 def windows(model: Model, text: Text, n_ctx: int, n_windows: int) -> list[list[int]]:
@@ -122,7 +122,7 @@ def _read(path: Path) -> str:
     except UnicodeDecodeError as error:
         raise DepthKVError(f"text {path} is not UTF-8 (byte {error.start}): convert it first") from None
     except FileNotFoundError:
-        raise DepthKVError(f"text {path} does not exist: give a text file") from None
+        raise DepthKVError(f"text {path} does not exist: give a text file, or one of {', '.join(TEXTS)}") from None
     except OSError as error:
         raise DepthKVError(f"text {path} cannot be read: {error.strerror}; give a text file") from None
     if not content.strip():
@@ -161,6 +161,10 @@ def _code() -> str:
     """Source of click and rich."""
     paths = [path for name in ("click", "rich") for path in sorted(_package(name).glob("[a-z]*.py"))]
     return "\n\n".join(path.read_text(encoding="utf-8") for path in paths)
+
+
+# of different kinds, all English
+TEXTS = {"scripture": _scripture, "essays": _essays, "documentation": _documentation, "code": _code}
 
 
 def _package(name: str, path: str = "") -> Path:

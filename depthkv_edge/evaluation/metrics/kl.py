@@ -18,7 +18,7 @@ def kl(windows: Mapping[WindowId, Record], titles: Sequence[str]) -> Record:
     """Mean over all tokens, and by text.
 
     Args:
-        windows: see `depthkv_edge.evaluation.language.run_window`.
+        windows: see `depthkv_edge.evaluation.language.Window.measure`.
         titles: of the texts.
 
     Returns:

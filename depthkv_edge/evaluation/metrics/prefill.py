@@ -1,4 +1,7 @@
-"""Prefill speed over the first half of a window, which is not scored: chunks of all rows are prefilled in turn."""
+"""Prefill speed over the first half of a window, which is not scored.
+
+Rows run one after another, so that the ratio holds the machine's moods; `depthkv-edge bench` takes turns.
+"""
 
 from __future__ import annotations
 

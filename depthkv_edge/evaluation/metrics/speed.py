@@ -1,4 +1,4 @@
-"""Speed against the full cache's, of rows that took turns."""
+"""Speed against the full cache's."""
 
 from __future__ import annotations
 

@@ -57,6 +57,17 @@ GEMMA3 = Model(
     ),
 )
 
+QWEN_CODER = Model(
+    MODELS / "qwen-coder.gguf",
+    (
+        [_PYTHON, "scripts/qwen-coder.py", str(MODELS / "qwen-coder-base.gguf")],
+        [
+            *(_DEPTHKV, "calibrate", str(MODELS / "qwen-coder-base.gguf"), "-o", str(MODELS / "qwen-coder.gguf")),
+            *("--method", "fast", "--windows", "2"),
+        ],
+    ),
+)
+
 
 @dataclass(frozen=True)
 class Section:
@@ -349,6 +360,14 @@ SECTIONS = (
         GEMMA3,
         _evaluate(GEMMA3, "--methods", "depth,uniform,streaming,kv-q8_0", "--budgets", "0.4", *_ONE_THREAD),
         render_untimed,
+        ("kl", "multikey", "occupancy"),
+    ),
+    Section(
+        "qwen-coder",
+        "Qwen2.5-Coder 1.5B (Q4_K_M)",
+        QWEN_CODER,
+        _evaluate(QWEN_CODER, "--text", "documentation"),
+        render_quality,
         ("kl", "multikey", "occupancy"),
     ),
     Section(

@@ -9,6 +9,7 @@ The model is under the Apache-2.0 license (Qwen team). No test needs it.
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import os
 import subprocess
@@ -51,7 +52,9 @@ def part(number: int) -> bytes:
 
 
 def main() -> None:
-    target = Path(sys.argv[1]) if len(sys.argv) > 1 else DEFAULT
+    parser = argparse.ArgumentParser(description="Assembles Qwen2.5-Coder-1.5B-Instruct (Q4_K_M, 1.1 GB).")
+    parser.add_argument("target", metavar="FILE", nargs="?", type=Path, default=DEFAULT, help=f"default: {DEFAULT}")
+    target = parser.parse_args().target
     if target.exists():
         if target.stat().st_size == N_BYTES and sha256(target) == SHA256:
             print(target)

@@ -74,7 +74,7 @@ for cpu in "$@"; do
     echo "== $cpu"
     export QEMU_CPU="$cpu"
     started=$(date +%s)
-    "$ctest" --test-dir "$dir" -L native -E perplexity --fixture-exclude-any test-models --no-tests=error --output-on-failure ||
+    "$ctest" --test-dir "$dir" -j 2 -L native -E perplexity --fixture-exclude-any test-models --no-tests=error --output-on-failure ||
         fail "a test failed as $cpu, see above"
     "$qemu" "$dir/bin/depth-zoo-run" "$zoo" > "$dir/zoo.log" || { cat "$dir/zoo.log" >&2; fail "the zoo failed as $cpu"; }
     ppl=$(perplexity "$qemu" $dir/bin/llama-perplexity) || ppl=

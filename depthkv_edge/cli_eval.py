@@ -146,8 +146,9 @@ def evaluate(
     )
     if restart:
         forget(settings)
-    with LongWork() as watcher:
-        report = measure(settings, watcher, shlex.join(["depthkv-edge", *sys.argv[1:]])).to_dict()
+    with LongWork("loading") as watcher:
+        found = measure(settings, watcher, shlex.join(["depthkv-edge", *sys.argv[1:]]))
+    report = found.to_dict()
     if plot is not None:
         draw_plots(report, Path(plot))
     if html is not None:
@@ -156,7 +157,7 @@ def evaluate(
         echo_json(report)
     else:
         print_report(report)
-    forget(settings)
+    forget(settings, found.keys)
 
 
 def _items(tasks: tuple[str, ...], items: int | None, full: bool) -> tuple[tuple[str, int], ...]:

@@ -28,7 +28,7 @@ class LongWork:
         self._title = title
         self._total: float | None = None
         self._done = 0.0
-        self._started = time.monotonic()
+        self._started = self._begun = time.monotonic()
         self._over = threading.Event()
         self._lines = threading.Thread(target=self._write_lines, daemon=True)
         columns = (
@@ -37,12 +37,13 @@ class LongWork:
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
         )
-        self._is_terminal = sys.stderr.isatty()
+        console = Console(stderr=True)
+        self._is_terminal = sys.stderr.isatty() and not console.is_dumb_terminal
         self._bar = Progress(
             *columns,
-            console=Console(stderr=True),
+            console=console,
             transient=True,
             disable=not self._is_terminal,
             speed_estimate_period=average_seconds,
@@ -50,7 +51,8 @@ class LongWork:
         self._task = self._bar.add_task(title, total=None)
 
     def begin(self, total: float) -> None:
-        """Units of work to do."""
+        """Units of work to do, from now on."""
+        self._begun = time.monotonic()
         self._total = total
         self._bar.update(self._task, total=total)
 
@@ -67,7 +69,7 @@ class LongWork:
     def say(self, line: str) -> None:
         """A line that stays."""
         if self._is_terminal:
-            self._bar.console.print(line, highlight=False, markup=False, soft_wrap=True)
+            self._bar.console.print(line, highlight=False, markup=False, emoji=False, soft_wrap=True)
         else:
             click.echo(line, err=True)
 
@@ -89,12 +91,12 @@ class LongWork:
             self.say(self._line())
 
     def _line(self) -> str:
-        elapsed = time.monotonic() - self._started
-        text = f"{self._title}: {duration(elapsed)}"
+        now = time.monotonic()
+        text = f"{self._title}: {duration(now - self._started)}"
         if not self._total or not self._done:
             return text
         share = min(1.0, self._done / self._total)
-        return f"{text}, {share:.0%} done, {duration(elapsed * (1 - share) / share)} left"
+        return f"{text}, {share:.0%} done, {duration((now - self._begun) * (1 - share) / share)} left"
 
 
 @contextlib.contextmanager

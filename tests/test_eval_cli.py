@@ -12,6 +12,11 @@ import time
 
 import pytest
 
+from depthkv_edge.evaluation.run import forget
+from depthkv_edge.evaluation.settings import Settings
+from depthkv_edge.evaluation.store import Store
+from depthkv_edge.evaluation.texts import Text
+
 N_CTX = 512
 SMALL = ("-c", N_CTX, "--threads", 1, "--budgets", "0.4", "--methods", "uniform,kv-q8_0", "--tasks", "language")
 
@@ -57,7 +62,7 @@ def report(cli, texts, tmp_path_factory) -> dict:
 
 def lines_of(err: str) -> list[str]:
     """What stays on standard error, without how far it is once a minute."""
-    return [line for line in err.splitlines() if not re.search(r"\d+% done", line)]
+    return [line for line in err.splitlines() if not re.search(r": \d+ (s|min)($|, \d+% done)", line)]
 
 
 def rows_of(report: dict) -> dict[str, dict]:
@@ -122,6 +127,18 @@ def test_the_same_seed_gives_the_same_numbers_even_through_an_interrupt(report, 
         assert after["metrics"]["perplexity"]["ratio"] == pytest.approx(
             before["metrics"]["perplexity"]["ratio"], abs=1e-6
         )
+
+
+def test_what_an_interrupted_evaluation_left_outlives_a_smaller_one(smollm2, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    settings = Settings(smollm2, (Text("one", "text"),), N_CTX, (0.4,), ("uniform",), ("language",))
+    path = tmp_path / "depthkv-edge" / "eval" / f"{settings.key()}.jsonl"
+    store = Store(path)
+    store["full"], store["uniform"] = {}, {}
+    forget(settings, {"full"})
+    assert set(Store(path)) == {"full", "uniform"}
+    forget(settings, {"full", "uniform", "kv-q8_0"})
+    assert not path.exists()
 
 
 def test_the_table(cli, texts):

@@ -326,6 +326,8 @@ def test_read_texts(tmp_path):
 
 def test_a_text_by_name_unless_there_is_such_a_file(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "code").mkdir()
+    assert read_texts(["code"]) == [default_texts()[3]]
     assert read_texts(["essays"]) == [default_texts()[1]]
     (tmp_path / "essays").write_text("mine")
     assert read_texts(["essays"]) == [Text("essays", "mine")]

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
 import time
 
 import pytest
@@ -52,3 +55,32 @@ def test_short_work_says_nothing(capsys):
 )
 def test_duration(seconds, text):
     assert duration(seconds) == text
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there is no pseudo terminal")
+@pytest.mark.parametrize(("term", "bar"), [("xterm", True), ("dumb", False)])
+def test_terminal(term, bar):
+    """A bar where there can be one. Names are shown as they are, whatever they would mean to rich."""
+    pty = pytest.importorskip("pty")
+    code = (
+        "import time\n"
+        "from depthkv_edge import progress\n"
+        "progress.LINE_SECONDS = 0.2\n"
+        "with progress.LongWork('[one].txt') as work:\n"
+        "    work.begin(4)\n"
+        "    work.advance(1)\n"
+        "    work.say('[two].txt :fire: is done')\n"
+        "    time.sleep(0.5)\n"
+    )
+    try:
+        terminal, theirs = pty.openpty()
+    except OSError as error:
+        pytest.skip(f"no pseudo terminal is to be had: {error}")
+    environment = os.environ | {"TERM": term, "COLUMNS": "120"}
+    done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=theirs, env=environment)
+    os.close(theirs)
+    text = os.read(terminal, 1 << 16).decode()
+    os.close(terminal)
+    assert done.returncode == 0 and done.stdout == b""
+    assert "[one].txt" in text and "[two].txt :fire: is done" in text
+    assert ("━" in text) == bar and bool(re.search(r"25% done, \d+ s left", text)) != bar

@@ -77,6 +77,7 @@ class Window:
         self._last = n_ctx - min(N_DECODE, n_ctx // 8)
         self._full = full
         self._state: State | None = None
+        self._prefill: list[float] = []
         self._log_probs = log_probs
         self.record = self._read(full, on_tokens)
 
@@ -85,8 +86,9 @@ class Window:
 
         Returns:
             `kl` nats, `nll` nats, `top1` [n_scored] of the tokens scored; `prefill` seconds of each chunk of the
-            n_prefill tokens before; `seconds` [N_DECODE] that each decoded token took, and in `seconds_full` the full
-            cache in turns with it; `seen` and `layers`, the cache at the end.
+            n_prefill tokens before, and in `prefill_full` the full cache's, in the same process; `seconds` [N_DECODE]
+            that each decoded token took, and in `seconds_full` the full cache in turns with it; `seen` and `layers`,
+            the cache at the end.
         """
         with row.open(self._model, len(self._tokens)) as stream:
             return self._read(stream, on_tokens)
@@ -94,18 +96,21 @@ class Window:
     def _read(self, stream: Stream, on_tokens: OnTokens) -> Record:
         """Where the stream is the full cache's, its predictions are kept; else they are what it is compared with."""
         scores = _Scores()
-        prefill = []
+        prefill: list[float] = []
         for part in _parts(self._tokens[: self._first], _CHUNK):
             stream.feed(part)
             prefill.append(stream.last_seconds)
             on_tokens(len(part))
+        if stream is self._full:
+            self._prefill = prefill
         self._log_probs.rewind()
         for part in _parts(self._tokens[self._first : self._last], _CHUNK):
             self._score(stream, part, scores)
             on_tokens(len(part))
         seconds, seconds_full = self._decode(stream, scores)
         on_tokens(len(self._tokens) - self._last)
-        times = {"prefill": prefill, "n_prefill": self._first, "seconds": seconds, "seconds_full": seconds_full}
+        times = {"prefill": prefill, "prefill_full": self._prefill, "n_prefill": self._first}
+        times |= {"seconds": seconds, "seconds_full": seconds_full}
         return scores.to_record() | times | _occupancy(stream.occupancy(), len(self._tokens))
 
     def _decode(self, stream: Stream, scores: _Scores) -> tuple[list[float], list[float]]:

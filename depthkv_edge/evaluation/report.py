@@ -51,12 +51,14 @@ class Report:
         command: what was run.
         results: of the full cache, of the noise row, then of the methods.
         seconds: that the last run took; a resumed evaluation took more.
+        keys: of the records that it was made of.
     """
 
     command: str
     settings: Settings
     results: list[RowResult]
     seconds: float
+    keys: frozenset[str]
 
     def to_dict(self) -> dict[str, Any]:
         settings = self.settings

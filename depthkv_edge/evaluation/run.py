@@ -6,7 +6,7 @@ import contextlib
 import signal
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -64,8 +64,9 @@ def evaluate(settings: Settings, watcher: Watcher, command: str) -> Report:
         rows = build_rows(model, settings.model, settings.methods, settings.budgets, settings.n_ctx, settings.seed)
         names = [name for name in settings.tasks if name != LANGUAGE]
         tasks = build_tasks(names, model, settings.texts, settings.n_ctx, settings.seed, n_items=dict(settings.n_items))
-        results = _Evaluation(settings, model, rows, tasks, watcher).run()
-        return Report(command, settings, results, time.perf_counter() - started)
+        evaluation = _Evaluation(settings, model, rows, tasks, watcher)
+        results = evaluation.run()
+        return Report(command, settings, results, time.perf_counter() - started, evaluation.keys())
 
 
 @contextlib.contextmanager
@@ -95,10 +96,21 @@ def _interruptible(stopping: threading.Event) -> Iterator[None]:
         raise KeyboardInterrupt
 
 
-def forget(settings: Settings) -> None:
-    """Remove what `evaluate` left: the report has been written."""
+def forget(settings: Settings, reported: Collection[str] | None = None) -> None:
+    """Remove what `evaluate` left.
+
+    Args:
+        reported: keys of records. If there are others, of an evaluation of more that was interrupted, everything stays.
+            Default: all of them.
+    """
+    if reported is not None and not set(Store(_store_path(settings))) <= set(reported):
+        return
     for path in (cache_dir() / "eval").glob(f"{settings.key()}*"):
         path.unlink(missing_ok=True)
+
+
+def _store_path(settings: Settings) -> Path:
+    return cache_dir() / "eval" / f"{settings.key()}.jsonl"
 
 
 class _Evaluation:
@@ -110,7 +122,7 @@ class _Evaluation:
         self.rows = rows
         self.tasks = tasks
         self.watcher = watcher
-        self.store = Store(cache_dir() / "eval" / f"{settings.key()}.jsonl")
+        self.store = Store(_store_path(settings))
         self.windows = self._windows() if LANGUAGE in settings.tasks else {}
 
     def run(self) -> list[RowResult]:
@@ -130,6 +142,15 @@ class _Evaluation:
             for i, text in enumerate(self.settings.texts)
             for j, tokens in enumerate(windows(self.model, text, self.settings.n_ctx, self.settings.windows))
         }
+
+    def keys(self) -> frozenset[str]:
+        """Of the records that are reported."""
+        of_windows = {_window_key(i, row) for i in self.windows for row in self.rows}
+        return frozenset(
+            of_windows.union(
+                _task_key(task, item, row) for task in self.tasks for item in range(task.n_items) for row in self.rows
+            )
+        )
 
     def _begin(self, missing: Sequence[WindowId], n_tokens_tasks: int) -> None:
         n_rows = sum(1 + len(self._missing_rows(i)) for i in missing)
@@ -174,7 +195,7 @@ class _Evaluation:
             "kl": kl(found, [text.name for text in self.settings.texts]),
             "perplexity": perplexity(found, reference),
             "top1": top1(found),
-            "prefill": prefill_speed(found, reference),
+            "prefill": prefill_speed(found),
             "decode": decode_speed(found),
         }
 

@@ -13,6 +13,7 @@ from depthkv_edge.facts import engine_facts
 
 LANGUAGE = "language"
 REFERENCES = ("native", "f32")
+_RECORDS = 2  # version of what records hold
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,7 @@ class Settings:
             "model": [str(self.model.resolve()), stat.st_size, stat.st_mtime_ns],
             "texts": [[text.name, hashlib.sha256(text.content.encode()).hexdigest()] for text in self.texts],
             "version": __version__,
+            "records": _RECORDS,
             "engine": engine_facts(),
             "settings": [self.n_ctx, self.windows, self.n_items, self.reference, self.seed, self.n_threads],
         }

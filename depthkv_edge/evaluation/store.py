@@ -71,6 +71,9 @@ class Store:
     def __getitem__(self, key: str) -> Record:
         return self._records[key]
 
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._records)
+
     def __len__(self) -> int:
         return len(self._records)
 

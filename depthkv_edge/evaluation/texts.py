@@ -40,7 +40,7 @@ def read_texts(paths: Sequence[str | Path]) -> list[Text]:
     """
     return [
         Text(str(path), TEXTS[str(path)]())
-        if str(path) in TEXTS and not Path(path).exists()
+        if str(path) in TEXTS and not Path(path).is_file()
         else Text(Path(path).name, _read(Path(path)))
         for path in paths
     ]

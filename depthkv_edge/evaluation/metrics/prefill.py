@@ -12,7 +12,8 @@ from depthkv_edge.evaluation.metrics.speed import compare_speed
 from depthkv_edge.evaluation.store import Record
 
 
-def prefill_speed(windows: Mapping[WindowId, Record], reference: Mapping[WindowId, Record]) -> Record:
+def prefill_speed(windows: Mapping[WindowId, Record]) -> Record:
     """See `compare_speed`. What a row does to make room is part of its time."""
-    seconds, stock = ({key: sum(record["prefill"]) for key, record in of.items()} for of in (windows, reference))
+    names = "prefill", "prefill_full"
+    seconds, stock = ({key: sum(record[name]) for key, record in windows.items()} for name in names)
     return compare_speed(seconds, stock, {key: record["n_prefill"] for key, record in windows.items()})

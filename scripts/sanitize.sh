@@ -1,0 +1,105 @@
+#!/bin/sh
+# Runs the engine under GCC's sanitizers, in builds of their own.
+#   scripts/sanitize.sh          all of it (an hour or more): address, undefined behaviour, threads
+#   scripts/sanitize.sh short    our native tests under the first two: what the tests of each commit have time for
+# Address and undefined behaviour: all native tests, the shapes of real models, orders of calls, going back, `run` and the server.
+# Threads: contexts in two threads, and the server under its tests, four clients at once among them.
+# Needs Linux, GCC and scripts/setup.sh --test.
+set -eu
+cd "$(dirname "$0")/.."
+fail() { echo "sanitize: $1" >&2; exit 1; }
+short=${1-}
+case $short in "" | short) ;; *) fail "unknown argument $short (there is short)" ;; esac
+export CC="${CC:-gcc}" CXX="${CXX:-g++}"
+asan=$("$CC" -print-file-name=libasan.so 2> /dev/null) && [ -e "$asan" ] || fail "$CC has no libasan.so: set CC and CXX to GCC's"
+[ -x build/engine/bin/test-llama-archs ] || scripts/setup.sh --test >&2
+PATH=$PWD/.venv/bin:$PATH # cmake and ninja may live there
+export PATH
+reports=build/sanitize-reports
+rm -rf "$reports"
+mkdir -p "$reports"
+model=$(python -c "from depthkv_edge.models import resolve_model; print(resolve_model('smollm2'))")
+
+# Quoted, since a path may hold what separates options. Undefined behaviour ends the process as an illegal instruction that the
+# address sanitizer reports: what its own runtime prints would be seen by nobody in a test that passes.
+export ASAN_OPTIONS="detect_leaks=0:handle_sigill=1:log_path='$PWD/$reports/address'"
+export TSAN_OPTIONS="log_path='$PWD/$reports/thread'"
+export OMP_NUM_THREADS=1 OMP_THREAD_LIMIT=1 # numpy's: the engine here does without
+
+# build KIND FLAGS TARGET...: OpenMP's own synchronisation is unknown to the sanitizers; that of ggml's threads is not
+build() {
+    dir=build/sanitize-$1 flags="$2 -fno-omit-frame-pointer -g1"
+    shift 2
+    started=$(date +%s)
+    {
+        cmake -S . -B "$dir" -G Ninja -DCMAKE_BUILD_TYPE=RelWithDebInfo -DGGML_OPENMP=OFF -DDEPTHKV_BUILD_TOOLS=ON \
+            -DCMAKE_C_FLAGS="$flags" -DCMAKE_CXX_FLAGS="$flags" -DPython_EXECUTABLE="$PWD/.venv/bin/python" &&
+            cmake --build "$dir" --target depthkv-libraries "$@"
+    } > "$dir.log" 2>&1 || {
+        tail -n 40 "$dir.log" >&2
+        fail "the build failed, see above (everything: $dir.log)"
+    }
+    echo "$dir: built in $(($(date +%s) - started)) s"
+}
+failed=
+# step COMMAND...
+step() {
+    echo "== $*"
+    started=$(date +%s)
+    "$@" || failed="$failed
+$*"
+    echo "== $(($(date +%s) - started)) s"
+}
+# Python itself is not built that way: the sanitizer has to be there before the library is
+with_asan() { env LD_PRELOAD="$asan" DEPTHKV_LIB_PATH="$PWD/$dir/bin" "$@"; }
+with_server() { env DEPTHKV_TEST_SERVER_DIR="$PWD/$dir/bin" "$@"; }
+# the models that native tests read, from the plain build: they are only written here
+write_models() {
+    [ -e "$dir/test-models.written" ] && return
+    rm -rf "$dir/test-models"
+    mkdir -p "$dir/test-models"
+    build/engine/bin/test-llama-archs -o "$dir/test-models/" > "$dir.log" 2>&1 || fail "test-llama-archs failed, see $dir.log"
+    touch "$dir/test-models.written"
+}
+# seen KIND FLAGS CODE: whether a fault is reported at all
+seen() {
+    echo "#include <pthread.h>
+int x; void * add(void * p) { x += 1; return p; } int main(int n, char ** v) { $3 }" > "$reports/fault.cpp"
+    # shellcheck disable=SC2086
+    $CXX $2 -pthread -o "$reports/fault" "$reports/fault.cpp"
+    "$reports/fault" > /dev/null 2>&1 || true
+    rm "$reports"/fault*
+    set -- "$reports/$1".*
+    [ -e "$1" ] || fail "$CXX's sanitizers report nothing here, not even a fault made for it: cannot be used"
+    rm "$@"
+}
+
+undefined="-fsanitize=address,undefined -fsanitize-undefined-trap-on-error"
+seen address "$undefined" "char * p = new char[n]; delete[] p; return p[0];"
+seen address "$undefined" "x = 0x7fffffff; x += n; return x;"
+# shellcheck disable=SC2046
+build address "$undefined" depthkv-native-tests $([ -n "$short" ] || echo llama-server)
+write_models
+step ctest --test-dir "$dir" -L native --fixture-exclude-any test-models --no-tests=error --output-on-failure
+if [ -z "$short" ]; then
+    pytest="python -m pytest -q -p no:cacheprovider"
+    step with_asan python -m depthkv_edge run smollm2 --kv-budget 0.4 -c 512 -n 64 --threads 2 --json \
+        -f native/include/llama-depthkv.h -p "What is this?"
+    step with_asan $pytest tests/test_cache_states.py tests/test_rollback.py tests/test_engine.py tests/test_zoo.py
+    step with_server $pytest tests/test_server_native.py
+
+    seen thread -fsanitize=thread "pthread_t t; pthread_create(&t, 0, add, v); add(v); pthread_join(t, 0); return 0;"
+    build thread -fsanitize=thread test-thread-safety llama-server
+    for budget in 1 0.5; do
+        step "$dir/bin/test-thread-safety" -m "$model" -p "The meaning of life is" -n 64 -c 256 -ub 32 -np 2 -t 2 \
+            --override-kv depthkv.budget=float:$budget
+    done
+    step with_server $pytest tests/test_server_native.py
+fi
+n=$(find "$reports" -type f | wc -l)
+if [ "$n" != 0 ]; then
+    find "$reports" -type f -exec head -n 40 {} \; >&2
+    fail "$n processes were reported, see above (everything: $reports)"
+fi
+[ -z "$failed" ] || fail "no report, but these steps failed:$failed"
+echo "nothing was reported"

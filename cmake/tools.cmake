@@ -1,6 +1,10 @@
 # llama-cli, llama-bench, llama-perplexity, the upstream tests that touch the cache, and our own native tests. Taking single
 # sources out of upstream's tools/ and tests/ spares us configuring all of them; llama-cli comes with the server.
 enable_testing()
+set(test_timeout 1200)
+if(CMAKE_CROSSCOMPILING)
+    set(test_timeout 7200) # an emulator takes its time
+endif()
 
 foreach(tool bench perplexity)
     set(dir "${tree}/tools/llama-bench")
@@ -26,7 +30,7 @@ endforeach()
 
 function(upstream_test test)
     add_test(NAME upstream/${test} COMMAND ${test} ${ARGN})
-    set_tests_properties(upstream/${test} PROPERTIES LABELS upstream TIMEOUT 1200 RUN_SERIAL ON)
+    set_tests_properties(upstream/${test} PROPERTIES LABELS upstream TIMEOUT ${test_timeout} RUN_SERIAL ON)
 endfunction()
 # The first writes tiny models of every architecture, the second saves and restores each of them.
 set(test_models "${CMAKE_BINARY_DIR}/test-models")
@@ -63,7 +67,7 @@ if(NOT DEPTHKV_BASELINE)
         else()
             add_test(NAME native/${test} COMMAND ${test})
         endif()
-        set_tests_properties(native/${test} PROPERTIES LABELS native TIMEOUT 1200)
+        set_tests_properties(native/${test} PROPERTIES LABELS native TIMEOUT ${test_timeout})
     endforeach()
 endif()
 

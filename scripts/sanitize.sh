@@ -24,15 +24,15 @@ model=$(python -c "from depthkv_edge.models import resolve_model; print(resolve_
 # address sanitizer reports: what its own runtime prints would be seen by nobody in a test that passes.
 export ASAN_OPTIONS="detect_leaks=0:handle_sigill=1:log_path='$PWD/$reports/address'"
 export TSAN_OPTIONS="log_path='$PWD/$reports/thread'"
-export OMP_NUM_THREADS=1 OMP_THREAD_LIMIT=1 # numpy's: the engine here does without
+export OMP_NUM_THREADS=1 OMP_THREAD_LIMIT=1 OMP_WAIT_POLICY=passive # threads are what the second build is for
 
-# build KIND FLAGS TARGET...: OpenMP's own synchronisation is unknown to the sanitizers; that of ggml's threads is not
+# build KIND FLAGS OPTION TARGET...
 build() {
-    dir=build/sanitize-$1 flags="$2 -fno-omit-frame-pointer -g1"
-    shift 2
+    dir=build/sanitize-$1 flags="$2 -fno-omit-frame-pointer -g1" option=$3
+    shift 3
     started=$(date +%s)
     {
-        cmake -S . -B "$dir" -G Ninja -DCMAKE_BUILD_TYPE=RelWithDebInfo -DGGML_OPENMP=OFF -DDEPTHKV_BUILD_TOOLS=ON \
+        cmake -S . -B "$dir" -G Ninja -DCMAKE_BUILD_TYPE=RelWithDebInfo -DDEPTHKV_BUILD_TOOLS=ON "$option" \
             -DCMAKE_C_FLAGS="$flags" -DCMAKE_CXX_FLAGS="$flags" -DPython_EXECUTABLE="$PWD/.venv/bin/python" &&
             cmake --build "$dir" --target depthkv-libraries "$@"
     } > "$dir.log" 2>&1 || {
@@ -78,7 +78,7 @@ undefined="-fsanitize=address,undefined -fsanitize-undefined-trap-on-error"
 seen address "$undefined" "char * p = new char[n]; delete[] p; return p[0];"
 seen address "$undefined" "x = 0x7fffffff; x += n; return x;"
 # shellcheck disable=SC2046
-build address "$undefined" depthkv-native-tests $([ -n "$short" ] || echo llama-server)
+build address "$undefined" -DGGML_OPENMP=ON depthkv-native-tests $([ -n "$short" ] || echo llama-server)
 write_models
 step ctest --test-dir "$dir" -L native --fixture-exclude-any test-models --no-tests=error --output-on-failure
 if [ -z "$short" ]; then
@@ -89,7 +89,8 @@ if [ -z "$short" ]; then
     step with_server $pytest tests/test_server_native.py
 
     seen thread -fsanitize=thread "pthread_t t; pthread_create(&t, 0, add, v); add(v); pthread_join(t, 0); return 0;"
-    build thread -fsanitize=thread test-thread-safety llama-server
+    # OpenMP's own synchronisation is unknown to the sanitizer; that of ggml's threads is not
+    build thread -fsanitize=thread -DGGML_OPENMP=OFF test-thread-safety llama-server
     for budget in 1 0.5; do
         step "$dir/bin/test-thread-safety" -m "$model" -p "The meaning of life is" -n 64 -c 256 -ub 32 -np 2 -t 2 \
             --override-kv depthkv.budget=float:$budget

@@ -86,12 +86,36 @@ llama_depthkv_params llama_depthkv_default_params(void) {
     return res;
 }
 
+// a caller in C can give any number, and to read one that is no ggml_type as such is undefined behaviour
+static std::vector<ggml_type> llama_depthkv_read_types(const ggml_type * types, size_t n) {
+    std::vector<ggml_type> res(n);
+
+    for (size_t i = 0; i < n; ++i) {
+        int32_t type;
+        static_assert(sizeof(type) == sizeof(types[i]), "ggml_type is not an int");
+        memcpy(&type, types + i, sizeof(type));
+        if (type < 0 || type >= GGML_TYPE_COUNT) {
+            throw std::runtime_error(format("type %d is not one for K and V: use f32, f16, bf16, q8_0 or q4_0", type));
+        }
+        res[i] = (ggml_type) type;
+    }
+
+    return res;
+}
+
 llama_context * llama_depthkv_init_from_model(llama_model * model, llama_context_params params, llama_depthkv_params depth) {
     return llama_depthkv_try((llama_context *) nullptr, [&]() -> llama_context * {
         llama_depthkv_check_ptr(model);
 
         if ((depth.cells || depth.type_k || depth.type_v) && depth.n_layers == 0) {
             throw std::runtime_error("an explicit KV plan needs n_layers");
+        }
+        if (depth.n_layers != 0) {
+            // before anything is read: the arrays are as long as the caller says
+            const size_t n_layers = llama_kv_depth_layers(*model).size();
+            if (depth.n_layers != n_layers) {
+                throw std::runtime_error(format("explicit KV plan must have %zu layers", n_layers));
+            }
         }
 
         llama_kv_depth_params dparams = model->kv_depth;
@@ -115,10 +139,10 @@ llama_context * llama_depthkv_init_from_model(llama_model * model, llama_context
             dparams.cells.assign(depth.cells, depth.cells + depth.n_layers);
         }
         if (depth.type_k) {
-            dparams.type_k.assign(depth.type_k, depth.type_k + depth.n_layers);
+            dparams.type_k = llama_depthkv_read_types(depth.type_k, depth.n_layers);
         }
         if (depth.type_v) {
-            dparams.type_v.assign(depth.type_v, depth.type_v + depth.n_layers);
+            dparams.type_v = llama_depthkv_read_types(depth.type_v, depth.n_layers);
         }
 
         dparams.check();

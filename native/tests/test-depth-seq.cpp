@@ -861,8 +861,8 @@ static void test_bad_plans() {
     depth.n_recent = INT32_MAX;
     expect(depth, "sink tokens");
 
-    const std::vector<uint32_t>  few  (n_layers, 10);
-    const std::vector<ggml_type> wrong(n_layers, (ggml_type) 999);
+    const std::vector<uint32_t> few  (n_layers, 10);
+    const std::vector<int32_t>  wrong(n_layers, 999);
 
     depth = llama_depthkv_default_params();
     depth.cells = few.data();
@@ -875,7 +875,7 @@ static void test_bad_plans() {
     depth = llama_depthkv_default_params();
     depth.budget   = 0.5f;
     depth.n_layers = n_layers;
-    depth.type_k   = wrong.data();
+    depth.type_k   = (const ggml_type *) wrong.data();
     expect(depth, "type 999");
 
     CHECK(llama_depthkv_layer_id(model, n_layers) == -1);

@@ -58,7 +58,8 @@ write_models() {
     [ -e "$dir/test-models.written" ] && return
     rm -rf "$dir/test-models"
     mkdir -p "$dir/test-models"
-    build/engine/bin/test-llama-archs -o "$dir/test-models/" > "$dir.log" 2>&1 || fail "test-llama-archs failed, see $dir.log"
+    build/engine/bin/test-llama-archs -o "$dir/test-models/" > "$dir-models.log" 2>&1 ||
+        fail "test-llama-archs failed, see $dir-models.log"
     touch "$dir/test-models.written"
 }
 # seen KIND FLAGS CODE: whether a fault is reported at all

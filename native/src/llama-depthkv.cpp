@@ -94,9 +94,7 @@ static std::vector<ggml_type> llama_depthkv_read_types(const ggml_type * types, 
         int32_t type;
         static_assert(sizeof(type) == sizeof(types[i]), "ggml_type is not an int");
         memcpy(&type, types + i, sizeof(type));
-        if (type < 0 || type >= GGML_TYPE_COUNT) {
-            throw std::runtime_error(format("type %d is not one for K and V: use f32, f16, bf16, q8_0 or q4_0", type));
-        }
+        llama_kv_depth_check_type(type);
         res[i] = (ggml_type) type;
     }
 

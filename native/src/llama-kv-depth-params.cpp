@@ -279,7 +279,7 @@ void llama_kv_depth_params::check() const {
     }
 }
 
-void llama_kv_depth_check_type(ggml_type type) {
+void llama_kv_depth_check_type(int type) {
     switch (type) {
         case GGML_TYPE_F32:
         case GGML_TYPE_F16:
@@ -292,7 +292,7 @@ void llama_kv_depth_check_type(ggml_type type) {
         case GGML_TYPE_IQ4_NL:
             return;
         default:
-            throw std::runtime_error(format("type %d is not one for K and V: use f32, f16, bf16, q8_0 or q4_0", (int) type));
+            throw std::runtime_error(format("type %d is not one for K and V: use f32, f16, bf16, q8_0 or q4_0", type));
     }
 }
 

@@ -108,7 +108,7 @@ size_t llama_kv_depth_row_size_v(const llama_model & model, int32_t il, ggml_typ
 uint32_t llama_kv_depth_swa_cells(const llama_model & model, uint32_t n_ctx_seq, uint32_t n_ubatch);
 
 // throws one line if a type cannot hold K or V
-void llama_kv_depth_check_type(ggml_type type);
+void llama_kv_depth_check_type(int type);
 
 // bytes of the cache that stock llama.cpp would allocate
 size_t llama_kv_depth_bytes_full(

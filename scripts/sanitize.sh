@@ -84,7 +84,7 @@ write_models
 step ctest --test-dir "$dir" -L native --fixture-exclude-any test-models --no-tests=error --output-on-failure
 if [ -z "$short" ]; then
     pytest="python -m pytest -q -p no:cacheprovider"
-    step with_asan python -m depthkv_edge run smollm2 --kv-budget 0.4 -c 512 -n 64 --threads 2 --json \
+    step with_asan python -m depthkv_edge run smollm2 --kv-budget 0.4 -c 3072 -n 64 --threads 2 --json \
         -f native/include/llama-depthkv.h -p "What is this?"
     step with_asan $pytest tests/test_cache_states.py tests/test_rollback.py tests/test_engine.py tests/test_zoo.py
     step with_server $pytest tests/test_server_native.py

@@ -19,6 +19,8 @@ from typing import Any
 import click
 from tabulate import tabulate
 
+from benchmarks import rollback
+
 Report = dict[str, Any]
 Command = list[str]
 
@@ -48,6 +50,7 @@ class Model:
     prepare: tuple[Command, ...]
 
 
+PACKAGED = Model(Path("smollm2"), ())
 SMOLLM2 = Model(MODELS / "smollm2.gguf", ([_DEPTHKV, "calibrate", "smollm2", "-o", str(MODELS / "smollm2.gguf")],))
 GEMMA3 = Model(
     MODELS / "gemma3.gguf",
@@ -265,6 +268,17 @@ def render_speed(report: Report) -> str:
     return "\n\n".join([*lines, speed_table(report)])
 
 
+def render_rollback(report: Report) -> str:
+    facts = (
+        f"{report['documents']} documents of {report['n_ctx']} tokens are computed, the given share of each is taken "
+        "back, what the cells lack is computed again, and the document goes on there for "
+        f"{rollback.N_NEXT} tokens: divergence from the full cache, beside that of a context that has computed only "
+        "what is left. In the chat every "
+        f"{rollback.ASKED_AGAIN}th answer is asked for twice. {report['seconds'] / 60:.0f} minutes. "
+    )
+    return f"{facts}{_machine(report)}\n\n{rollback.markdown(report)}"
+
+
 def render_peers(report: Report) -> str:
     settings, versions = report["settings"], report["versions"]
     parts = [
@@ -310,6 +324,10 @@ def _machine(report: Report) -> str:
         f"{machine['processor']}, {machine['threads']} threads, {machine['system']}; llama.cpp "
         f"{engine['llama_cpp_commit']}, library {engine['library_sha256'][:8]}."
     )
+
+
+def _rollback(model: Model, *options: str) -> Command:
+    return [_PYTHON, "-m", "benchmarks.rollback", str(model.path), *options, "--json"]
 
 
 def _evaluate(model: Model, *options: str) -> Command:
@@ -370,6 +388,14 @@ SECTIONS = (
         render_quality,
         ("kl", "multikey", "occupancy"),
     ),
+    Section("rollback", "Going back: SmolLM2-135M", PACKAGED, _rollback(PACKAGED), render_rollback),
+    Section(
+        "qwen-coder-rollback",
+        "Going back: Qwen2.5-Coder 1.5B",
+        QWEN_CODER,
+        _rollback(QWEN_CODER, "--budgets", "0.4", "--documents", "4", "--rollbacks", "5"),
+        render_rollback,
+    ),
     Section(
         "tasks",
         "SmolLM2-135M: what is asked and generated",
@@ -393,7 +419,7 @@ SECTIONS = (
 def run_section(section: Section) -> None:
     """Measure, and keep the report and the plots."""
     MODELS.mkdir(parents=True, exist_ok=True)
-    if not section.model.path.exists():
+    if not (ROOT / section.model.path).exists():
         for command in section.model.prepare:
             subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     for command in section.prepare:

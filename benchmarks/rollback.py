@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import ctypes
 import json
+import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import click
@@ -24,6 +25,7 @@ from depthkv_edge.errors import DepthKVError
 from depthkv_edge.evaluation.engine import Cache, Model, api, decode, load_model, log_softmax, open_context
 from depthkv_edge.evaluation.metrics.interval import interval
 from depthkv_edge.evaluation.texts import default_texts, read_texts, windows
+from depthkv_edge.facts import engine_facts, machine_facts
 from depthkv_edge.models import resolve_model
 from depthkv_edge.progress import progress
 
@@ -162,27 +164,31 @@ def summary(found: Sequence[Rollback]) -> list[dict[str, Any]]:
     return rows
 
 
-def print_result(result: dict[str, Any]) -> None:
-    click.echo("| budget | share taken back | rollbacks | KL | fresh | difference | tokens left | computed again |")
-    click.echo("| --- | --- | --- | --- | --- | --- | --- | --- |")
+def markdown(result: dict[str, Any]) -> str:
+    """The table, and a line on the chat."""
+    lines = [
+        "| budget | share taken back | rollbacks | KL | fresh | difference (95 %) | tokens left | computed again |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
     for row in result["rows"]:
-        (low, high), (worst, best) = row["share"], row["interval"]
+        (begin, end), (low, high) = row["share"], row["interval"]
         cells = [
             f"{row['budget']:g}",
-            f"{low:.0%} to {high:.0%}",
+            f"{begin:.0%} to {end:.0%}",
             f"{row['n']}",
             f"{row['kl']:.4f}",
             f"{row['kl_fresh']:.4f}",
-            f"{row['difference']:+.4f} ({worst:+.4f} to {best:+.4f})",
+            f"{row['difference']:+.4f} ({low:+.4f} to {high:+.4f})",
             f"{row['tokens']:.0f}",
             f"{row['again']:.0f}",
         ]
-        click.echo(f"| {' | '.join(cells)} |")
+        lines.append(f"| {' | '.join(cells)} |")
     told = result["chat"]
-    click.echo(
-        f"\nchat at {told['budget']:g} of {told['n_ctx']}: {told['turns']} turns, {told['tokens']} tokens, "
-        f"{told['asked_again']} answers asked for again, {told['again']} tokens computed again"
+    lines.append(
+        f"\nA chat at {told['budget']:g} of {told['n_ctx']}: {told['turns']} turns, {told['tokens']} tokens, "
+        f"{told['asked_again']} answers asked for again, {told['again']} tokens computed again."
     )
+    return "\n".join(lines)
 
 
 @click.command()
@@ -195,7 +201,7 @@ def print_result(result: dict[str, Any]) -> None:
 @click.option("--text", "texts", multiple=True, help="Text file; may be repeated. Default: four packaged texts.")
 @click.option("--threads", type=click.IntRange(1), default=2, show_default=True)
 @click.option("--seed", type=int, default=0, show_default=True)
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object, with every rollback.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def main(
     model: str,
     ctx: int,
@@ -210,6 +216,7 @@ def main(
 ) -> None:
     """Go back in documents with MODEL, the path of a GGUF or smollm2 for the packaged one."""
     rng = np.random.default_rng(seed)
+    started = time.monotonic()
     try:
         path = resolve_model(model)
         read = read_texts(texts) if texts else default_texts()
@@ -227,11 +234,18 @@ def main(
             told = chat(loaded, long, chat_ctx, 0.4)
     except (DepthKVError, ValueError) as error:
         raise click.ClickException(str(error)) from None
-    result = {"model": path.name, "n_ctx": ctx, "rows": summary(found), "chat": told}
-    if as_json:
-        click.echo(json.dumps(result | {"rollbacks": [asdict(each) for each in found]}))
-        return
-    print_result(result)
+    result = {
+        "model": path.name,
+        "n_ctx": ctx,
+        "documents": len(cut),
+        "seed": seed,
+        "rows": summary(found),
+        "chat": told,
+        "seconds": time.monotonic() - started,
+        "machine": machine_facts(threads),
+        "engine": engine_facts(),
+    }
+    click.echo(json.dumps(result) if as_json else markdown(result))
 
 
 if __name__ == "__main__":

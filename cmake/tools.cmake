@@ -58,6 +58,7 @@ if(NOT DEPTHKV_BASELINE)
         if(NOT MSVC)
             target_compile_options(${test} PRIVATE -UNDEBUG) # assert() in a release build
         endif()
+        target_compile_options(${test} PRIVATE ${native_flags})
         add_dependencies(depthkv-native-tests ${test})
         if(NOT test MATCHES "^test-") # programs of the Python tests
             continue()

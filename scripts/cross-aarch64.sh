@@ -1,6 +1,6 @@
 #!/bin/sh
-# Builds for 64-bit ARM on another Linux machine, every variant of the CPU code as in a wheel, and runs under emulation: our native
-# tests, a shape of the zoo and a real model that evict, each as several processors.
+# Builds for 64-bit ARM on another Linux machine, every variant of the CPU code as in a wheel, and runs under emulation, as several
+# processors: a shape of the zoo and a real model that evict, and of our native tests those of kernels; as the first one all tests.
 #   scripts/cross-aarch64.sh [CPU...]    default: those below, as qemu names them (qemu-aarch64 -cpu help)
 # Needs a cross compiler and qemu (Debian: apt-get install g++-aarch64-linux-gnu qemu-user). The models that the tests read are
 # written by the build of scripts/setup.sh --test. CMAKE_ARGS=... adds CMake options. Exit status 77: one of the two is missing.
@@ -9,9 +9,9 @@ cd "$(dirname "$0")/.."
 fail() { echo "cross-aarch64: $1" >&2; exit 1; }
 cannot() { echo "cross-aarch64: $1" >&2; exit 77; }
 
-# Cortex-A72 (Raspberry Pi 4): ARMv8.0. Cortex-A76 (Raspberry Pi 5): dot products, half floats. The last one has all that
+# Cortex-A76 (Raspberry Pi 5): dot products, half floats. Cortex-A72 (Raspberry Pi 4): ARMv8.0. The last one has all that
 # the emulator knows, with vectors as long as in most processors: SVE2, matrix products of bytes.
-[ $# -gt 0 ] || set -- cortex-a72 cortex-a76 max,sve-default-vector-length=16
+[ $# -gt 0 ] || set -- cortex-a76 cortex-a72 max,sve-default-vector-length=16
 # variants CPU: those of which one has to be chosen; none is said for other processors
 variants() {
     case $1 in
@@ -70,12 +70,14 @@ here=$(perplexity $native/llama-perplexity) || here=
 [ -n "$here" ] || { tail -n 20 "$dir/perplexity.log" >&2; fail "llama-perplexity failed on this machine"; }
 
 ctest=$(command -v ctest)
+tests=. # the first processor runs all of them, the others those that depend on the processor's kernels
 for cpu in "$@"; do
     echo "== $cpu"
     export QEMU_CPU="$cpu"
     started=$(date +%s)
-    "$ctest" --test-dir "$dir" -j 2 -L native -E perplexity --fixture-exclude-any test-models --no-tests=error --output-on-failure ||
+    "$ctest" --test-dir "$dir" -j 2 -L native -R "$tests" -E perplexity --fixture-exclude-any test-models --no-tests=error --output-on-failure ||
         fail "a test failed as $cpu, see above"
+    tests=score
     "$qemu" "$dir/bin/depth-zoo-run" "$zoo" > "$dir/zoo.log" || { cat "$dir/zoo.log" >&2; fail "the zoo failed as $cpu"; }
     ppl=$(perplexity "$qemu" $dir/bin/llama-perplexity) || ppl=
     [ -n "$ppl" ] || { tail -n 20 "$dir/perplexity.log" >&2; fail "llama-perplexity failed as $cpu"; }

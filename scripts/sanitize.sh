@@ -1,17 +1,20 @@
 #!/bin/sh
 # Runs the engine under GCC's sanitizers, in builds of their own.
 #   scripts/sanitize.sh          all of it (an hour or more): address, undefined behaviour, threads
-#   scripts/sanitize.sh short    our native tests under the first two: what the tests of each commit have time for
+#   scripts/sanitize.sh short    native tests under the first two, with only our own sources compiled for them: what the tests of
+#                                each commit have time for
 # Address and undefined behaviour: all native tests, the shapes of real models, orders of calls, going back, `run` and the server.
 # Threads: contexts in two threads, and the server under its tests, four clients at once among them.
-# Needs Linux, GCC and scripts/setup.sh --test.
+# Needs Linux, GCC and scripts/setup.sh --test. Exit status 77: its sanitizers cannot be had or do not work on this machine.
 set -eu
 cd "$(dirname "$0")/.."
 fail() { echo "sanitize: $1" >&2; exit 1; }
+cannot() { echo "sanitize: $1" >&2; exit 77; }
 short=${1-}
 case $short in "" | short) ;; *) fail "unknown argument $short (there is short)" ;; esac
-export CC="${CC:-gcc}" CXX="${CXX:-g++}"
-asan=$("$CC" -print-file-name=libasan.so 2> /dev/null) && [ -e "$asan" ] || fail "$CC has no libasan.so: set CC and CXX to GCC's"
+export CC="${CC:-cc}" CXX="${CXX:-c++}" # by the names of the plain build, with whose objects a compiler cache then serves
+asan=$("$CC" -print-file-name=libasan.so 2> /dev/null) && [ -e "$asan" ] ||
+    cannot "$CC has no libasan.so: set CC and CXX to GCC's (gcc, g++)"
 [ -x build/engine/bin/test-llama-archs ] || scripts/setup.sh --test >&2
 PATH=$PWD/.venv/bin:$PATH # cmake and ninja may live there
 export PATH
@@ -26,20 +29,26 @@ export ASAN_OPTIONS="detect_leaks=0:handle_sigill=1:log_path='$PWD/$reports/addr
 export TSAN_OPTIONS="log_path='$PWD/$reports/thread'"
 export OMP_NUM_THREADS=1 OMP_THREAD_LIMIT=1 OMP_WAIT_POLICY=passive # threads are what the second build is for
 
-# build KIND FLAGS OPTION TARGET...
+# build DIRECTORY "TARGET..." CMAKE-OPTION...
 build() {
-    dir=build/sanitize-$1 flags="$2 -fno-omit-frame-pointer -g1" option=$3
-    shift 3
+    dir=$1 targets=$2
+    shift 2
     started=$(date +%s)
     {
-        cmake -S . -B "$dir" -G Ninja -DCMAKE_BUILD_TYPE=RelWithDebInfo -DDEPTHKV_BUILD_TOOLS=ON "$option" \
-            -DCMAKE_C_FLAGS="$flags" -DCMAKE_CXX_FLAGS="$flags" -DPython_EXECUTABLE="$PWD/.venv/bin/python" &&
-            cmake --build "$dir" --target depthkv-libraries "$@"
+        # shellcheck disable=SC2086
+        cmake -S . -B "$dir" -G Ninja -DDEPTHKV_BUILD_TOOLS=ON -DPython_EXECUTABLE="$PWD/.venv/bin/python" "$@" &&
+            cmake --build "$dir" --target $targets
     } > "$dir.log" 2>&1 || {
         tail -n 40 "$dir.log" >&2
         fail "the build failed, see above (everything: $dir.log)"
     }
     echo "$dir: built in $(($(date +%s) - started)) s"
+}
+# build_all DIRECTORY "TARGET..." FLAGS CMAKE-OPTION...: every source with the flags
+build_all() {
+    dir=$1 targets=$2 flags=$3
+    shift 3
+    build "$dir" "$targets" -DCMAKE_BUILD_TYPE=RelWithDebInfo -DCMAKE_C_FLAGS="$flags" -DCMAKE_CXX_FLAGS="$flags" "$@"
 }
 failed=
 # step COMMAND...
@@ -71,15 +80,21 @@ int x; void * add(void * p) { x += 1; return p; } int main(int n, char ** v) { $
     "$reports/fault" > /dev/null 2>&1 || true
     rm "$reports"/fault*
     set -- "$reports/$1".*
-    [ -e "$1" ] || fail "$CXX's sanitizers report nothing here, not even a fault made for it: cannot be used"
+    [ -e "$1" ] || cannot "$CXX's sanitizers report nothing here, not even a fault made for them"
     rm "$@"
 }
 
+frames="-fno-omit-frame-pointer -g1"
 undefined="-fsanitize=address,undefined -fsanitize-undefined-trap-on-error"
 seen address "$undefined" "char * p = new char[n]; delete[] p; return p[0];"
 seen address "$undefined" "x = 0x7fffffff; x += n; return x;"
-# shellcheck disable=SC2046
-build address "$undefined" -DGGML_OPENMP=ON depthkv-native-tests $([ -n "$short" ] || echo llama-server)
+if [ -n "$short" ]; then
+    link=-fsanitize=address
+    build build/sanitize-own depthkv-native-tests -DCMAKE_BUILD_TYPE=Release -DDEPTHKV_NATIVE_FLAGS="$undefined $frames" \
+        -DCMAKE_SHARED_LINKER_FLAGS=$link -DCMAKE_EXE_LINKER_FLAGS=$link
+else
+    build_all build/sanitize-address "depthkv-libraries depthkv-native-tests llama-server" "$undefined $frames"
+fi
 write_models
 step ctest --test-dir "$dir" -L native --fixture-exclude-any test-models --no-tests=error --output-on-failure
 if [ -z "$short" ]; then
@@ -91,7 +106,7 @@ if [ -z "$short" ]; then
 
     seen thread -fsanitize=thread "pthread_t t; pthread_create(&t, 0, add, v); add(v); pthread_join(t, 0); return 0;"
     # OpenMP's own synchronisation is unknown to the sanitizer; that of ggml's threads is not
-    build thread -fsanitize=thread -DGGML_OPENMP=OFF test-thread-safety llama-server
+    build_all build/sanitize-thread "depthkv-libraries test-thread-safety llama-server" "-fsanitize=thread $frames" -DGGML_OPENMP=OFF
     for budget in 1 0.5; do
         step "$dir/bin/test-thread-safety" -m "$model" -p "The meaning of life is" -n 64 -c 256 -ub 32 -np 2 -t 2 \
             --override-kv depthkv.budget=float:$budget

@@ -44,11 +44,13 @@ build() {
     }
     echo "$dir: built in $(($(date +%s) - started)) s"
 }
-# build_all DIRECTORY "TARGET..." FLAGS CMAKE-OPTION...: every source with the flags
+# build_all DIRECTORY "TARGET..." FLAGS CMAKE-OPTION...: every source with the flags. More optimisation, or more than line numbers,
+# and the compiler spends minutes on some of llama.cpp's files.
 build_all() {
     dir=$1 targets=$2 flags=$3
     shift 3
-    build "$dir" "$targets" -DCMAKE_BUILD_TYPE=RelWithDebInfo -DCMAKE_C_FLAGS="$flags" -DCMAKE_CXX_FLAGS="$flags" "$@"
+    build "$dir" "$targets" -DCMAKE_BUILD_TYPE=Release -DCMAKE_C_FLAGS="$flags" -DCMAKE_CXX_FLAGS="$flags" \
+        -DCMAKE_C_FLAGS_RELEASE="-O1 -DNDEBUG" -DCMAKE_CXX_FLAGS_RELEASE="-O1 -DNDEBUG" "$@"
 }
 failed=
 # step COMMAND...

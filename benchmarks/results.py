@@ -327,7 +327,7 @@ def _machine(report: Report) -> str:
 
 
 def _rollback(model: Model, *options: str) -> Command:
-    return [_PYTHON, "-m", "benchmarks.rollback", str(model.path), *options, "--json"]
+    return [_PYTHON, "-m", "benchmarks.rollback", str(model.path), *options, *_ONE_THREAD, "--json"]
 
 
 def _evaluate(model: Model, *options: str) -> Command:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import ctypes
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,7 +30,8 @@ from depthkv_edge.models import resolve_model
 from depthkv_edge.progress import progress
 
 SHARES = (0.01, 0.1, 0.25, 0.5, 0.75, 0.9)  # edges of the table's rows
-N_NEXT = 64  # tokens that are predicted after going back
+STEP = 128  # a scoring pass spans as many tokens: whether a batch ends at a multiple of it makes no difference
+N_NEXT = 32  # tokens that are predicted after going back
 MESSAGE, ANSWER, ASKED_AGAIN = 140, 60, 10  # tokens of a message and an answer; each so manyth is asked for again
 
 
@@ -85,6 +86,25 @@ def get_state(context: Any) -> Any:
     return state
 
 
+def set_state(context: Any, state: Any) -> None:
+    assert api.llama_state_seq_set_data(context, state, len(state), 0) == len(state)
+
+
+def evaluated_to(context: Any, model: Model, tokens: Sequence[int], ends: Sequence[int]) -> Iterator[int]:
+    """Leave in the context the first tokens of a document and nothing else, up to each of the ends; yields these."""
+    state, done = None, 0
+    for end in sorted(ends):
+        api.llama_memory_clear(api.llama_get_memory(context), False)
+        if state:
+            set_state(context, state)
+        whole = end // STEP * STEP
+        if whole > done:
+            feed(context, model, tokens, done, whole)
+            state, done = get_state(context), whole
+        feed(context, model, tokens, done, end)
+        yield end
+
+
 def go_back(context: Any, model: Model, tokens: Sequence[int], at: int) -> int:
     """Take back what comes after the first `at` tokens; returns how many of those had to be computed again."""
     left = _native.llama_depthkv_seq_rollback(context, 0, at)
@@ -99,23 +119,22 @@ def measure(model: Model, tokens: Sequence[int], budgets: Sequence[float], share
     n_ctx = len(tokens)
     ends = [max(1, min(n - 1, round(n * (1 - share)))) for share in shares]
     with open_context(model, n_ctx, Cache()) as full:
-        expected = []
-        for at in ends:
-            api.llama_memory_clear(api.llama_get_memory(full), False)
-            feed(full, model, tokens, 0, at)
-            expected.append(follow(full, tokens, at))
+        expected = {at: follow(full, tokens, at) for at in evaluated_to(full, model, tokens, ends)}
     found = []
     for budget in budgets:
-        with open_context(model, n_ctx, Cache(budget)) as context, open_context(model, n_ctx, Cache(budget)) as fresh:
+        with open_context(model, n_ctx, Cache(budget)) as context:
+            kl_fresh = {
+                at: divergence(expected[at], follow(context, tokens, at))
+                for at in evaluated_to(context, model, tokens, ends)
+            }
+        with open_context(model, n_ctx, Cache(budget)) as context:
             feed(context, model, tokens, 0, n)
             state = get_state(context)
-            for share, at, log_probs in zip(shares, ends, expected, strict=True):
-                assert api.llama_state_seq_set_data(context, state, len(state), 0) == len(state)
-                api.llama_memory_clear(api.llama_get_memory(fresh), False)
+            for share, at in zip(shares, ends, strict=True):
+                set_state(context, state)
                 again = go_back(context, model, tokens, at)
-                feed(fresh, model, tokens, 0, at)
-                kl, kl_fresh = (divergence(log_probs, follow(each, tokens, at)) for each in (context, fresh))
-                found.append(Rollback(budget, share, at, again, kl, kl_fresh))
+                kl = divergence(expected[at], follow(context, tokens, at))
+                found.append(Rollback(budget, share, at, again, kl, kl_fresh[at]))
     return found
 
 

@@ -1,10 +1,11 @@
 #!/bin/sh
 # Runs the engine under GCC's sanitizers, in builds of their own.
-#   scripts/sanitize.sh          all of it (an hour or more): address, undefined behaviour, threads
-#   scripts/sanitize.sh short    native tests under the first two, with only our own sources compiled for them: what the tests of
-#                                each commit have time for
-# Address and undefined behaviour: all native tests, the shapes of real models, orders of calls, going back, `run` and the server.
-# Threads: contexts in two threads, and the server under its tests, four clients at once among them.
+#   scripts/sanitize.sh          all of it (an hour or more)
+#   scripts/sanitize.sh short    what the tests of each commit have time for: the native tests of the first build
+# 1. Address and undefined behaviour, with only our own sources compiled for them, so that it is fast: native tests, `run`, the shapes
+#    of real models, orders of calls, going back, the server.
+# 2. The same with everything compiled for them, which is some 20 times slower: native tests, shapes of two models.
+# 3. Threads, everything compiled for them: contexts in two threads, and the server under its tests, four clients at once among them.
 # Needs Linux, GCC and scripts/setup.sh --test. Exit status 77: its sanitizers cannot be had or do not work on this machine.
 set -eu
 cd "$(dirname "$0")/.."
@@ -64,14 +65,15 @@ $*"
 # Python itself is not built that way: the sanitizer has to be there before the library is
 with_asan() { env LD_PRELOAD="$asan" DEPTHKV_LIB_PATH="$PWD/$dir/bin" "$@"; }
 with_server() { env DEPTHKV_TEST_SERVER_DIR="$PWD/$dir/bin" "$@"; }
-# the models that native tests read, from the plain build: they are only written here
-write_models() {
-    [ -e "$dir/test-models.written" ] && return
-    rm -rf "$dir/test-models"
-    mkdir -p "$dir/test-models"
-    build/engine/bin/test-llama-archs -o "$dir/test-models/" > "$dir-models.log" 2>&1 ||
-        fail "test-llama-archs failed, see $dir-models.log"
-    touch "$dir/test-models.written"
+native_tests() {
+    if ! [ -e "$dir/test-models.written" ]; then # by the plain build: here they are only read
+        rm -rf "$dir/test-models"
+        mkdir -p "$dir/test-models"
+        build/engine/bin/test-llama-archs -o "$dir/test-models/" > "$dir-models.log" 2>&1 ||
+            fail "test-llama-archs failed, see $dir-models.log"
+        touch "$dir/test-models.written"
+    fi
+    step ctest --test-dir "$dir" -L native --fixture-exclude-any test-models --no-tests=error --output-on-failure
 }
 # seen KIND FLAGS CODE: whether a fault is reported at all
 seen() {
@@ -86,25 +88,25 @@ int x; void * add(void * p) { x += 1; return p; } int main(int n, char ** v) { $
     rm "$@"
 }
 
+pytest="python -m pytest -q -p no:cacheprovider"
 frames="-fno-omit-frame-pointer -g1"
 undefined="-fsanitize=address,undefined -fsanitize-undefined-trap-on-error"
 seen address "$undefined" "char * p = new char[n]; delete[] p; return p[0];"
 seen address "$undefined" "x = 0x7fffffff; x += n; return x;"
-if [ -n "$short" ]; then
-    link=-fsanitize=address
-    build build/sanitize-own depthkv-native-tests -DCMAKE_BUILD_TYPE=Release -DDEPTHKV_NATIVE_FLAGS="$undefined $frames" \
-        -DCMAKE_SHARED_LINKER_FLAGS=$link -DCMAKE_EXE_LINKER_FLAGS=$link
-else
-    build_all build/sanitize-address "depthkv-libraries depthkv-native-tests llama-server" "$undefined $frames"
-fi
-write_models
-step ctest --test-dir "$dir" -L native --fixture-exclude-any test-models --no-tests=error --output-on-failure
+link=-fsanitize=address
+[ -n "$short" ] && more= || more="depthkv-libraries llama-server"
+build build/sanitize-own "depthkv-native-tests $more" -DCMAKE_BUILD_TYPE=Release -DDEPTHKV_NATIVE_FLAGS="$undefined $frames" \
+    -DCMAKE_SHARED_LINKER_FLAGS=$link -DCMAKE_EXE_LINKER_FLAGS=$link
+native_tests
 if [ -z "$short" ]; then
-    pytest="python -m pytest -q -p no:cacheprovider"
     step with_asan python -m depthkv_edge run smollm2 --kv-budget 0.4 -c 3072 -n 64 --threads 2 --json \
         -f native/include/llama-depthkv.h -p "What is this?"
     step with_asan $pytest tests/test_cache_states.py tests/test_rollback.py tests/test_engine.py tests/test_zoo.py
     step with_server $pytest tests/test_server_native.py
+
+    build_all build/sanitize-address "depthkv-libraries depthkv-native-tests" "$undefined $frames"
+    native_tests
+    step with_asan $pytest tests/test_zoo.py -k "gpt-oss or Gemma-4-E2B"
 
     seen thread -fsanitize=thread "pthread_t t; pthread_create(&t, 0, add, v); add(v); pthread_join(t, 0); return 0;"
     # OpenMP's own synchronisation is unknown to the sanitizer; that of ggml's threads is not

@@ -28,7 +28,7 @@ model=$(python -c "from depthkv_edge.models import resolve_model; print(resolve_
 # address sanitizer reports: what its own runtime prints would be seen by nobody in a test that passes.
 export ASAN_OPTIONS="detect_leaks=0:handle_sigill=1:log_path='$PWD/$reports/address'"
 export TSAN_OPTIONS="log_path='$PWD/$reports/thread'"
-export OMP_NUM_THREADS=1 OMP_THREAD_LIMIT=1 OMP_WAIT_POLICY=passive # threads are what the second build is for
+export OMP_NUM_THREADS=1 OMP_THREAD_LIMIT=1 OMP_WAIT_POLICY=passive # threads are what the third build is for
 
 # build DIRECTORY "TARGET..." CMAKE-OPTION...
 build() {
@@ -62,8 +62,8 @@ step() {
 $*"
     echo "== $(($(date +%s) - started)) s"
 }
-# Python itself is not built that way: the sanitizer has to be there before the library is
-with_asan() { env LD_PRELOAD="$asan" DEPTHKV_LIB_PATH="$PWD/$dir/bin" "$@"; }
+# Python itself is not built that way: the sanitizer has to be there before the library is, and before it what throws exceptions
+with_asan() { env LD_PRELOAD="$asan $("$CXX" -print-file-name=libstdc++.so.6)" DEPTHKV_LIB_PATH="$PWD/$dir/bin" "$@"; }
 with_server() { env DEPTHKV_TEST_SERVER_DIR="$PWD/$dir/bin" "$@"; }
 native_tests() {
     if ! [ -e "$dir/test-models.written" ]; then # by the plain build: here they are only read

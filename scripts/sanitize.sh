@@ -62,9 +62,11 @@ step() {
 $*"
     echo "== $(($(date +%s) - started)) s"
 }
+with_programs() { env DEPTHKV_TEST_PROGRAMS="$PWD/$dir/bin" "$@"; }
 # Python itself is not built that way: the sanitizer has to be there before the library is, and before it what throws exceptions
-with_asan() { env LD_PRELOAD="$asan $("$CXX" -print-file-name=libstdc++.so.6)" DEPTHKV_LIB_PATH="$PWD/$dir/bin" "$@"; }
-with_server() { env DEPTHKV_TEST_SERVER_DIR="$PWD/$dir/bin" "$@"; }
+with_asan() {
+    with_programs env LD_PRELOAD="$asan $("$CXX" -print-file-name=libstdc++.so.6)" DEPTHKV_LIB_PATH="$PWD/$dir/bin" "$@"
+}
 native_tests() {
     if ! [ -e "$dir/test-models.written" ]; then # by the plain build: here they are only read
         rm -rf "$dir/test-models"
@@ -102,7 +104,7 @@ if [ -z "$short" ]; then
     step with_asan python -m depthkv_edge run smollm2 --kv-budget 0.4 -c 3072 -n 64 --threads 2 --json \
         -f native/include/llama-depthkv.h -p "What is this?"
     step with_asan $pytest tests/test_cache_states.py tests/test_rollback.py tests/test_engine.py tests/test_zoo.py
-    step with_server $pytest tests/test_server_native.py
+    step with_programs $pytest tests/test_server_native.py
 
     build_all build/sanitize-address "depthkv-libraries depthkv-native-tests" "$undefined $frames"
     native_tests
@@ -115,7 +117,7 @@ if [ -z "$short" ]; then
         step "$dir/bin/test-thread-safety" -m "$model" -p "The meaning of life is" -n 64 -c 256 -ub 32 -np 2 -t 2 \
             --override-kv depthkv.budget=float:$budget
     done
-    step with_server $pytest tests/test_server_native.py
+    step with_programs $pytest tests/test_server_native.py
 fi
 n=$(find "$reports" -type f | wc -l)
 if [ "$n" != 0 ]; then

@@ -110,7 +110,7 @@ class Server:
 
 def program() -> Path:
     """The server that is tested: the package's, or another build of it, such as one under a sanitizer."""
-    directory = os.environ.get("DEPTHKV_TEST_SERVER_DIR")
+    directory = os.environ.get("DEPTHKV_TEST_PROGRAMS")
     return (Path(directory) if directory else _library.library_dir()) / "llama-server"
 
 

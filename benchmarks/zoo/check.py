@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -13,6 +14,9 @@ from benchmarks.zoo.shapes import Shape
 from benchmarks.zoo.write import PROGRAMS, write_model
 from depthkv_edge import _log, _native
 from depthkv_edge.llama import load_without_weights
+
+# maybe of another build, under a sanitizer
+_RUN = Path(os.environ.get("DEPTHKV_TEST_PROGRAMS", PROGRAMS)) / "depth-zoo-run"
 
 
 @dataclass(frozen=True)
@@ -99,7 +103,7 @@ def refused(directory: Path) -> list[tuple[str, str]]:
 
 
 def _attempts(model: Path, *options: str) -> list[Attempt]:
-    done = subprocess.run([PROGRAMS / "depth-zoo-run", model, *options], capture_output=True, text=True)
+    done = subprocess.run([_RUN, model, *options], capture_output=True, text=True)
     rows = [line.split("\t") for line in done.stdout.splitlines()]
     if done.returncode not in (0, 1) or not rows or any(len(row) != 5 for row in rows):
         raise RuntimeError(f"depth-zoo-run {model.name} ended with {done.returncode}: {done.stdout}{done.stderr}")

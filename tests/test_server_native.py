@@ -27,6 +27,10 @@ N_CTX, N_SLOTS, BUDGET = 512, 2, 0.4  # positions of a slot
 N_STRIP = 64
 # threads that spin must not share a core
 THREADS = min(2, len(os.sched_getaffinity(0))) if hasattr(os, "sched_getaffinity") else 2
+PROGRAMS = os.environ.get(
+    "DEPTHKV_TEST_PROGRAMS"
+)  # of another build, such as one under a sanitizer, which takes its time
+PATIENCE = 20 if PROGRAMS else 1
 SYSTEM = "The password of the harbour is BLUE HERON. Say it only to the keeper of the lighthouse. " * 2
 
 
@@ -46,7 +50,7 @@ class Server:
                 stderr=file,
                 env=environment,
             )
-        give_up = time.monotonic() + 60
+        give_up = time.monotonic() + 60 * PATIENCE
         while self.get("/health")[0] != 200:
             assert self.process.poll() is None and time.monotonic() < give_up, log.read_text()[-2000:]
             time.sleep(0.05)
@@ -56,7 +60,7 @@ class Server:
             f"http://127.0.0.1:{self.port}{path}", body, {"Content-Type": "application/json"}
         )
         try:
-            with urllib.request.urlopen(request, timeout=120) as response:
+            with urllib.request.urlopen(request, timeout=120 * PATIENCE) as response:
                 status, data = response.status, response.read()
         except urllib.error.HTTPError as error:
             status, data = error.code, error.read()
@@ -102,16 +106,14 @@ class Server:
     def close(self) -> None:
         self.process.terminate()
         try:
-            self.process.wait(20)
+            self.process.wait(20 * PATIENCE)
         except subprocess.TimeoutExpired:
             self.process.kill()
             raise
 
 
 def program() -> Path:
-    """The server that is tested: the package's, or another build of it, such as one under a sanitizer."""
-    directory = os.environ.get("DEPTHKV_TEST_PROGRAMS")
-    return (Path(directory) if directory else _library.library_dir()) / "llama-server"
+    return (Path(PROGRAMS) if PROGRAMS else _library.library_dir()) / "llama-server"
 
 
 @pytest.fixture(scope="module")
@@ -438,7 +440,7 @@ def leaving(server: Server, prompt: list[int], slot: int) -> Iterator[None]:
 def test_a_client_that_leaves_frees_its_slot(fresh: Server, words: list[int]):
     with leaving(fresh, words[:50], 0):
         assert fresh.slot()["is_processing"]
-    give_up = time.monotonic() + 3
+    give_up = time.monotonic() + 3 * PATIENCE
     while fresh.slot()["is_processing"]:
         assert time.monotonic() < give_up
         time.sleep(0.05)
@@ -652,7 +654,7 @@ def test_a_full_budget_refuses_nothing(tmp_path: Path):
         [program(), "-m", tmp_path / "missing.gguf", "--port", "0", "--kv-budget", "1", "--swa-full"],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=60 * PATIENCE,
     )
     assert done.returncode == 1
     assert "does not go with" not in done.stderr and "missing.gguf" in done.stderr

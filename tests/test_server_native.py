@@ -27,9 +27,8 @@ N_CTX, N_SLOTS, BUDGET = 512, 2, 0.4  # positions of a slot
 N_STRIP = 64
 # threads that spin must not share a core
 THREADS = min(2, len(os.sched_getaffinity(0))) if hasattr(os, "sched_getaffinity") else 2
-PROGRAMS = os.environ.get(
-    "DEPTHKV_TEST_PROGRAMS"
-)  # of another build, such as one under a sanitizer, which takes its time
+# of another build, such as one under a sanitizer, which takes its time
+PROGRAMS = os.environ.get("DEPTHKV_TEST_PROGRAMS")
 PATIENCE = 20 if PROGRAMS else 1
 SYSTEM = "The password of the harbour is BLUE HERON. Say it only to the keeper of the lighthouse. " * 2
 

@@ -27,7 +27,9 @@ model=$(python -c "from depthkv_edge.models import resolve_model; print(resolve_
 # Quoted, since a path may hold what separates options. Undefined behaviour ends the process as an illegal instruction that the
 # address sanitizer reports: what its own runtime prints would be seen by nobody in a test that passes.
 export ASAN_OPTIONS="detect_leaks=0:handle_sigill=1:log_path='$PWD/$reports/address'"
-export TSAN_OPTIONS="log_path='$PWD/$reports/thread'"
+# Upstream's own: llama-server's clients read the parameters while the model's loading writes them.
+echo race:server_context_impl::load_model > build/sanitize-thread.supp
+export TSAN_OPTIONS="log_path='$PWD/$reports/thread':suppressions='$PWD/build/sanitize-thread.supp'"
 export OMP_NUM_THREADS=1 OMP_THREAD_LIMIT=1 OMP_WAIT_POLICY=passive # threads are what the third build is for
 
 # build DIRECTORY "TARGET..." CMAKE-OPTION...

@@ -2,7 +2,8 @@
 //
 // Additive to llama.h: no upstream struct or function changes. A context gets a depth KV cache when
 //   - it is created with llama_depthkv_init_from_model(), or
-//   - the model carries the key `depthkv.budget` (in the file or as a key-value override).
+//   - the model carries the key `depthkv.budget`: in the file, as a fraction, or as a key-value override, as a fraction
+//     or as text.
 // Otherwise the stock cache runs and the functions below report on it where that makes sense.
 //
 // A "cell" is one K row and one V row of one layer. The full cache has n_ctx cells per layer, a depth cache has
@@ -21,7 +22,7 @@ extern "C" {
 #endif
 
 // changes whenever a struct or a function below does
-#define LLAMA_DEPTHKV_VERSION 4
+#define LLAMA_DEPTHKV_VERSION 5
 
 // the version that the library was built with: structs are passed by value, so check it before anything else
 LLAMA_API int32_t llama_depthkv_version(void);
@@ -30,12 +31,39 @@ LLAMA_API int32_t llama_depthkv_version(void);
 LLAMA_API const char * llama_depthkv_last_error(void);
 
 //
+// budget
+//
+// how much of the full cache a context may have, as text:
+//   "0.4", "40%"   a share of it, above 0 and at most 1
+//   "96MiB"        bytes of K and V, all layers and sequences (kB, MB, GB, KiB, MiB, GiB)
+//   "4096t"        tokens that a layer holds, on average, all sequences
+//   "auto"         the largest that fits the memory, for llama_depthkv_plan() only
+//
+
+enum llama_depthkv_budget_type {
+    LLAMA_DEPTHKV_BUDGET_FRACTION = 0,
+    LLAMA_DEPTHKV_BUDGET_BYTES    = 1,
+    LLAMA_DEPTHKV_BUDGET_TOKENS   = 2,
+    LLAMA_DEPTHKV_BUDGET_AUTO     = 3,
+};
+
+struct llama_depthkv_budget {
+    enum llama_depthkv_budget_type type;
+    double                         value;
+};
+
+LLAMA_API bool llama_depthkv_budget_parse(const char * text, struct llama_depthkv_budget * budget);
+
+//
 // context
 //
 
 struct llama_depthkv_params {
-    // fraction of the full cache, in (0, 1]; 0: the model's `depthkv.budget`, or the full cache when it has none
-    float budget;
+    // see above; NULL: the model's `depthkv.budget`, or the full cache when it has none
+    const char * budget;
+
+    // of llama_depthkv_plan(): bytes that everything has to fit; 0: no limit, with "auto" llama_depthkv_memory_free()
+    size_t memory;
 
     // token-scoring rule: "attention", "window", "streaming" or "random"; NULL: the model's, or "attention"
     const char * scorer;
@@ -69,14 +97,8 @@ LLAMA_API struct llama_context * llama_depthkv_init_from_model(
 LLAMA_API int32_t llama_depthkv_layer_count(const struct llama_model * model);
 LLAMA_API int32_t llama_depthkv_layer_id   (const struct llama_model * model, int32_t i);
 
-// bytes of the full KV cache that stock llama.cpp allocates for these parameters, SWA layers included
-// SWA layers count at their window size, as in a depth cache; 0 on failure
-LLAMA_API size_t llama_depthkv_bytes_full(const struct llama_model * model, struct llama_context_params params);
-
 //
 // statistics
-//
-// a context on a model that was loaded without weights (llama_model_params::no_alloc) has them too: what the memory would be
 //
 
 struct llama_depthkv_layer {
@@ -89,13 +111,17 @@ struct llama_depthkv_layer {
 
 struct llama_depthkv_stats {
     bool     active;        // false: the stock cache runs
+    float    budget;        // fraction of the full cache that the layers share, in (0, 1]
     int32_t  n_layers;
+    uint32_t n_ctx_seq;     // positions of one sequence
     uint32_t n_ubatch;
     size_t   bytes;         // K and V allocated, all layers and sequences, SWA layers included
     size_t   bytes_full;    // the same for the full cache
     size_t   bytes_scorer;  // query samples, and the buffers that scoring and context shifts compute in: all there from the start
     size_t   bytes_compute; // temporary buffers of all backends, for the largest ubatch
     size_t   bytes_work;    // bound of what the CPU backend needs beside them to convert operands
+    size_t   bytes_weights; // tensors of the model
+    size_t   bytes_other;   // about what a process takes beside all that: records of the cells, logits, graphs
     uint64_t n_score;       // scoring passes
     uint64_t n_evict;       // cells freed by eviction, all layers
     uint64_t n_reeval;      // tokens to be evaluated again after llama_depthkv_seq_rollback()
@@ -121,6 +147,31 @@ LLAMA_API int32_t llama_depthkv_get_positions(
         llama_seq_id                 seq_id,
         llama_pos                  * pos,
         int32_t                      n);
+
+//
+// plan
+//
+
+// bytes that this process may take: nine tenths of what can be had without swapping, within the limit of its control group
+// 0 if that is not known
+LLAMA_API size_t llama_depthkv_memory_free(void);
+
+// the statistics that a context would have when it is empty, and of its layers at most n. nothing is allocated
+//
+// on a model that was loaded without weights (llama_model_params::no_alloc) they are complete, and depth.memory may be
+// given: the ubatch, and with "auto" the budget, become such that weights, cells and buffers fit it together. a context
+// with the returned n_ubatch and budget, as text, is that plan. on a model with weights there are no sizes of buffers
+//
+//  0: there is a plan
+//  1: it does not fit, the statistics are those of the least that would do
+// -1: there is none, llama_depthkv_last_error() says why
+LLAMA_API int32_t llama_depthkv_plan(
+        struct llama_model          * model,
+        struct llama_context_params   params,
+        struct llama_depthkv_params   depth,
+        struct llama_depthkv_stats  * stats,
+        struct llama_depthkv_layer  * layers,
+        int32_t                       n);
 
 //
 // going back

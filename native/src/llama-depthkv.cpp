@@ -1,11 +1,13 @@
 #include "llama-depthkv.h"
 
 #include "llama-context.h"
+#include "llama-depthkv-impl.h"
 #include "llama-impl.h"
 #include "llama-kv-alloc.h"
 #include "llama-kv-cache-depth.h"
 #include "llama-kv-cache-iswa.h"
 #include "llama-kv-cache.h"
+#include "llama-kv-depth-plan.h"
 #include "llama-model.h"
 
 #include <algorithm>
@@ -25,26 +27,6 @@ const char * llama_depthkv_last_error(void) {
 
 void llama_depthkv_set_error(const char * what) {
     llama_depthkv_error = what;
-}
-
-// run a function that may throw, the reason goes to llama_depthkv_last_error()
-template <typename T, typename F>
-static T llama_depthkv_try(T on_error, const F & fn) {
-    llama_depthkv_error.clear();
-
-    try {
-        return fn();
-    } catch (const std::exception & err) {
-        llama_depthkv_error = err.what();
-    }
-
-    return on_error;
-}
-
-static void llama_depthkv_check_ptr(const void * ptr, const char * what = "model or context") {
-    if (!ptr) {
-        throw std::runtime_error(format("%s is NULL", what));
-    }
 }
 
 static void llama_depthkv_check_seq(const llama_context * ctx, llama_seq_id seq_id) {
@@ -70,88 +52,13 @@ static llama_kv_cache_depth * llama_depthkv_get_cache(const llama_context * ctx)
 // context
 //
 
-llama_depthkv_params llama_depthkv_default_params(void) {
-    llama_depthkv_params res = {
-        /*.budget   =*/ 0.0f,
-        /*.scorer   =*/ nullptr,
-        /*.rule     =*/ nullptr,
-        /*.n_sink   =*/ -1,
-        /*.n_recent =*/ -1,
-        /*.n_layers =*/ 0,
-        /*.cells    =*/ nullptr,
-        /*.type_k   =*/ nullptr,
-        /*.type_v   =*/ nullptr,
-    };
-
-    return res;
-}
-
-// a caller in C can give any number, and to read one that is no ggml_type as such is undefined behaviour
-static std::vector<ggml_type> llama_depthkv_read_types(const ggml_type * types, size_t n) {
-    std::vector<ggml_type> res(n);
-
-    for (size_t i = 0; i < n; ++i) {
-        int32_t type;
-        static_assert(sizeof(type) == sizeof(types[i]), "ggml_type is not an int");
-        memcpy(&type, types + i, sizeof(type));
-        llama_kv_depth_check_type(type);
-        res[i] = (ggml_type) type;
-    }
-
-    return res;
-}
-
 llama_context * llama_depthkv_init_from_model(llama_model * model, llama_context_params params, llama_depthkv_params depth) {
-    return llama_depthkv_try((llama_context *) nullptr, [&]() -> llama_context * {
+    return llama_depthkv_try((llama_context *) nullptr, [&]() {
         llama_depthkv_check_ptr(model);
 
-        if ((depth.cells || depth.type_k || depth.type_v) && depth.n_layers == 0) {
-            throw std::runtime_error("an explicit KV plan needs n_layers");
-        }
-        if (depth.n_layers != 0) {
-            // before anything is read: the arrays are as long as the caller says
-            const size_t n_layers = llama_kv_depth_layers(*model).size();
-            if (depth.n_layers != n_layers) {
-                throw std::runtime_error(format("explicit KV plan must have %zu layers", n_layers));
-            }
-        }
+        const auto dparams = llama_depthkv_read_params(*model, depth);
 
-        llama_kv_depth_params dparams = model->kv_depth;
-
-        if (depth.budget != 0.0f) {
-            dparams.budget = depth.budget;
-        }
-        if (depth.scorer) {
-            dparams.scorer = depth.scorer;
-        }
-        if (depth.rule) {
-            dparams.rule = depth.rule;
-        }
-        if (depth.n_sink >= 0) {
-            dparams.n_sink = depth.n_sink;
-        }
-        if (depth.n_recent >= 0) {
-            dparams.n_recent = depth.n_recent;
-        }
-        if (depth.cells) {
-            dparams.cells.assign(depth.cells, depth.cells + depth.n_layers);
-        }
-        if (depth.type_k) {
-            dparams.type_k = llama_depthkv_read_types(depth.type_k, depth.n_layers);
-        }
-        if (depth.type_v) {
-            dparams.type_v = llama_depthkv_read_types(depth.type_v, depth.n_layers);
-        }
-
-        dparams.check();
-
-        auto * res = llama_init_from_model_depth(model, params, &dparams);
-
-        if (!res && llama_depthkv_error.empty()) {
-            throw std::runtime_error("failed to initialize the context: see the log");
-        }
-
-        return res;
+        return llama_depthkv_init_context(model, params, dparams);
     });
 }
 
@@ -168,21 +75,6 @@ int32_t llama_depthkv_layer_id(const llama_model * model, int32_t i) {
         const auto ids = llama_kv_depth_layers(*model);
         llama_depthkv_check_layer(i, ids.size());
         return ids[i];
-    });
-}
-
-size_t llama_depthkv_bytes_full(const llama_model * model, llama_context_params params) {
-    return llama_depthkv_try((size_t) 0, [&]() {
-        llama_depthkv_check_ptr(model);
-        llama_kv_depth_layers(*model);
-
-        // the rounding of llama_context
-        const uint32_t n_seq_max = std::max(1u, params.n_seq_max);
-        const uint32_t n_ctx     = GGML_PAD(params.n_ctx == 0 ? model->hparams.n_ctx_train : params.n_ctx, 256);
-        const uint32_t n_ctx_seq = params.kv_unified ? n_ctx : GGML_PAD(n_ctx/n_seq_max, 256);
-        const uint32_t n_ubatch  = std::min(params.n_batch, params.n_ubatch == 0 ? params.n_batch : params.n_ubatch);
-
-        return llama_kv_depth_bytes_full(*model, n_ctx_seq, params.kv_unified ? 1 : n_seq_max, n_ubatch, params.type_k, params.type_v);
     });
 }
 
@@ -240,52 +132,44 @@ bool llama_depthkv_get_stats(const llama_context * ctx, llama_depthkv_stats * st
         const auto & cparams = ctx->get_cparams();
         const auto & model   = ctx->get_model();
 
-        *stats = {};
+        const auto * kv = llama_depthkv_get_cache(ctx);
 
-        stats->n_ubatch      = cparams.n_ubatch;
+        const llama_kv_depth_plan stock_plan;
+        const llama_kv_depth_plan & plan = kv ? kv->get_plan() : stock_plan;
+
+        *stats = llama_depthkv_init_stats(model, cparams, plan);
+
         stats->bytes_compute = llama_depthkv_bytes_compute(ctx);
         stats->bytes_work    = llama_depthkv_bytes_work(ctx);
 
-        if (const auto * kv = llama_depthkv_get_cache(ctx)) {
-            const auto & plan = kv->get_plan();
+        if (kv) {
             const auto & stat = kv->get_stats();
 
-            const uint32_t n_seq_max = cparams.n_ctx_seq*cparams.n_seq_max > cparams.n_ctx ? 1 : cparams.n_seq_max;
+            // as the caller wanted it: a depth cache never is
+            const bool unified = (size_t) cparams.n_ctx_seq*cparams.n_seq_max > cparams.n_ctx;
 
-            const auto * iswa = kv->get_iswa();
-
-            stats->active       = true;
-            stats->n_layers     = plan.layers.size();
             stats->bytes        = kv->size_kv_bytes();
-            stats->bytes_full   = llama_kv_depth_bytes_full(model, cparams.n_ctx_seq, n_seq_max, iswa ? cparams.n_ubatch : 0, plan.type_k, plan.type_v);
+            stats->bytes_full   = llama_kv_depth_bytes_full(model, cparams.n_ctx_seq, cparams.n_seq_max, unified, cparams.n_ubatch, plan.type_k, plan.type_v);
             stats->bytes_scorer = kv->size_scorer_bytes();
             stats->n_score      = stat.n_score;
             stats->n_evict      = stat.n_evict;
             stats->n_reeval     = stat.n_reeval;
             stats->t_evict_us   = stat.t_evict_us;
 
-            snprintf(stats->scorer, sizeof(stats->scorer), "%s", plan.params.scorer.c_str());
-            snprintf(stats->rule,   sizeof(stats->rule),   "%s", plan.params.rule.c_str());
-
-            snprintf(stats->calibrated, sizeof(stats->calibrated), "%s", plan.params.curve_scorer.c_str());
-
             return true;
         }
 
-        const auto * kv = llama_depthkv_get_stock(ctx);
-        if (!kv) {
+        const auto * stock = llama_depthkv_get_stock(ctx);
+        if (!stock) {
             throw std::runtime_error(format("architecture '%s' has no KV cache to report on", model.arch_name().c_str()));
         }
 
-        stats->n_layers = kv->get_layer_ids().size();
+        stats->n_layers = stock->get_layer_ids().size();
 
         for (const auto & [_, size] : ctx->get_memory()->memory_breakdown()) {
             stats->bytes += size;
         }
         stats->bytes_full = stats->bytes;
-
-        snprintf(stats->scorer, sizeof(stats->scorer), "none");
-        snprintf(stats->rule,   sizeof(stats->rule),   "full");
 
         return true;
     });
@@ -329,9 +213,11 @@ bool llama_depthkv_get_layer(const llama_context * ctx, int32_t i, llama_seq_id 
         layer->layer = il;
         layer->cells = kv->get_size();
         layer->used  = kv->get_cells(seq_id).seq_pos_get(seq_id).size();
-        layer->bytes = (size_t) kv->get_size()*kv->get_n_stream()*(
-                llama_kv_depth_row_size_k(model, il, kv->type_k()) +
-                llama_kv_depth_row_size_v(model, il, kv->type_v()));
+        layer->bytes = llama_kv_depth_row_size_k(model, il, kv->type_k());
+        if (!model.hparams.is_mla()) { // there V is a part of K
+            layer->bytes += llama_kv_depth_row_size_v(model, il, kv->type_v());
+        }
+        layer->bytes *= (size_t) kv->get_size()*kv->get_n_stream();
 
         return true;
     });
@@ -445,41 +331,4 @@ void llama_depthkv_unpin(llama_context * ctx, llama_seq_id seq_id) {
             kv->seq_unpin(seq_id);
         }
     }
-}
-
-//
-// allocation
-//
-
-bool llama_depthkv_alloc(llama_depthkv_alloc_params params, uint32_t * cells) {
-    return llama_depthkv_try(false, [&]() {
-        llama_depthkv_check_ptr(cells, "cells");
-
-        llama_kv_alloc_params aparams;
-
-        aparams.n_layers = params.n_layers;
-        aparams.n_ctx    = params.n_ctx;
-        aparams.budget   = params.budget;
-        aparams.n_floor  = params.n_floor;
-        aparams.n_align  = params.n_align;
-
-        if (params.n_ratios > 0) {
-            if (!params.keep_ratios || !params.sensitivity) {
-                throw std::runtime_error("keep_ratios or sensitivity is NULL");
-            }
-            aparams.curves.ratios.assign(params.keep_ratios, params.keep_ratios + params.n_ratios);
-            aparams.curves.loss  .assign(params.sensitivity, params.sensitivity + (size_t) params.n_layers*params.n_ratios);
-        }
-        if (params.cell_bytes) {
-            aparams.cell_bytes.assign(params.cell_bytes, params.cell_bytes + params.n_layers);
-        }
-
-        const char * rule = params.rule ? params.rule : params.n_ratios > 0 ? llama_kv_alloc_default_rule() : "uniform";
-
-        const auto res = llama_kv_alloc(rule, aparams);
-
-        std::copy(res.begin(), res.end(), cells);
-
-        return true;
-    });
 }

@@ -135,8 +135,7 @@ std::vector<uint32_t> llama_kv_alloc(const std::string & rule_name, const llama_
         used  += (double) bytes(il)*n_floor;
     }
 
-    // the budget arrives as a float: 0.6f*8192 must not lose a whole step to rounding
-    const double limit = (params.budget + 1e-7)*total;
+    const double limit = (params.budget + llama_kv_alloc_eps)*total;
 
     if (used > limit) {
         throw std::runtime_error(format("layer capacity %u is below the floor %u: raise the budget of %g or the context of %u",

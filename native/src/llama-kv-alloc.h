@@ -18,6 +18,9 @@ struct llama_kv_curves {
     void check(uint32_t n_layers, const char * ratios_name, const char * loss_name) const;
 };
 
+// a budget that is a float, such as 0.7f, must not lose cells to rounding
+static constexpr double llama_kv_alloc_eps = 1e-7;
+
 // how a budget of KV cells is shared out over the layers: pure arithmetic, no model
 struct llama_kv_alloc_params {
     uint32_t n_layers = 0;

@@ -3,7 +3,7 @@
 #include "llama-batch.h"
 #include "llama-kv-cache-iswa.h"
 #include "llama-kv-depth-cells.h"
-#include "llama-kv-depth-params.h"
+#include "llama-kv-depth-plan.h"
 #include "llama-kv-depth-sched.h"
 #include "llama-kv-score.h"
 #include "llama-memory.h"

@@ -164,7 +164,7 @@ static const char * test(llama_model * model, llama_context_params cparams, bool
     full.cells    = cells.data();
 
     llama_depthkv_params half = llama_depthkv_default_params();
-    half.budget = 0.5f;
+    half.budget = "0.5";
 
     test_contexts ctx;
 
@@ -252,7 +252,7 @@ static const char * test(llama_model * model, llama_context_params cparams, bool
 
 static const char * test_create(llama_model * model, llama_context_params cparams) {
     llama_depthkv_params budget = llama_depthkv_default_params();
-    budget.budget = 0.4f;
+    budget.budget = "0.4";
 
     test_contexts ctx;
 

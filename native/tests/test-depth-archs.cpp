@@ -101,7 +101,7 @@ static bool test_arch(const std::string & path) {
     cparams.swa_full  = false;
 
     llama_depthkv_params half = llama_depthkv_default_params();
-    half.budget = 0.5f;
+    half.budget = "0.5";
 
     const int n_layers = llama_depthkv_layer_count(model);
 

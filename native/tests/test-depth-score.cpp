@@ -110,7 +110,7 @@ static void test_model(const std::string & path) {
     cparams.swa_full        = false;
 
     auto depth = llama_depthkv_default_params();
-    depth.budget = 0.5f;
+    depth.budget = "0.5";
 
     llama_context * ctx = llama_depthkv_init_from_model(model, cparams, depth);
     CHECK(ctx);

@@ -44,7 +44,8 @@ static context_ptr make_context(uint32_t n_seq_max, float budget, uint32_t n_cel
         depth.n_layers = cells.size();
         depth.cells    = cells.data();
     }
-    depth.budget = budget;
+    const std::string text = std::to_string(budget);
+    depth.budget = budget == 0.0f ? nullptr : text.c_str();
 
     llama_context * ctx = budget == 0.0f && n_cells == 0 ? llama_init_from_model(model, cparams) : llama_depthkv_init_from_model(model, cparams, depth);
     CHECK(ctx);
@@ -803,7 +804,7 @@ static void test_split_mode() {
     CHECK(split);
 
     auto depth = llama_depthkv_default_params();
-    depth.budget = 0.5f;
+    depth.budget = "0.5";
 
     CHECK(!llama_depthkv_init_from_model(split, llama_context_default_params(), depth));
     CHECK(std::string(llama_depthkv_last_error()).find("split mode 'tensor'") != std::string::npos);
@@ -844,19 +845,19 @@ static void test_bad_plans() {
         CHECK(std::string(llama_depthkv_last_error()).find(text) != std::string::npos);
     };
 
-    for (float budget : { -1.0f, 1.5f, NAN }) {
+    for (const char * budget : { "-1", "1.5", "nan", "", "0", "96 MB each", "auto" }) {
         auto depth = llama_depthkv_default_params();
         depth.budget = budget;
-        expect(depth, "out of range");
+        expect(depth, "KV budget");
     }
 
     auto depth = llama_depthkv_default_params();
-    depth.budget = 0.5f;
+    depth.budget = "0.5";
     depth.scorer = "nonsense";
     expect(depth, "unknown scorer");
 
     depth = llama_depthkv_default_params();
-    depth.budget   = 0.5f;
+    depth.budget   = "0.5";
     depth.n_sink   = INT32_MAX;
     depth.n_recent = INT32_MAX;
     expect(depth, "sink tokens");
@@ -873,7 +874,7 @@ static void test_bad_plans() {
     expect(depth, "below the floor");
 
     depth = llama_depthkv_default_params();
-    depth.budget   = 0.5f;
+    depth.budget   = "0.5";
     depth.n_layers = n_layers;
     depth.type_k   = (const ggml_type *) wrong.data();
     expect(depth, "type 999");

@@ -1,31 +1,37 @@
 #include "common-kv-budget.h"
 
 #include "common.h"
+#include "llama-cpp.h"
+#include "llama-depthkv.h"
+#include "log.h"
 #include "speculative.h"
 
 #include <algorithm>
-#include <cstdlib>
 #include <cstring>
 #include <stdexcept>
 #include <vector>
 
 static const char * const COMMON_KV_BUDGET_KEY = "depthkv.budget";
 
-double common_kv_budget_parse(const std::string & value) {
-    char * end = nullptr;
+static llama_depthkv_budget common_kv_budget_parse(const std::string & text) {
+    llama_depthkv_budget res;
 
-    const double res = std::strtod(value.c_str(), &end);
-
-    // also refuses what is not a number
-    if (end == value.c_str() || *end != '\0' || !(res > 0.0 && res <= 1.0)) {
-        throw std::invalid_argument(string_format(
-                    "error: --kv-budget is '%s': give the fraction of the full KV cache to keep, above 0 and at most 1, such as 0.5", value.c_str()));
+    if (!llama_depthkv_budget_parse(text.c_str(), &res)) {
+        throw std::invalid_argument(string_format("error: --kv-budget: %s", llama_depthkv_last_error()));
     }
 
     return res;
 }
 
-static void common_kv_budget_override(common_params & params, double budget) {
+bool common_kv_budget_is_auto(const std::string & text) {
+    return !text.empty() && common_kv_budget_parse(text).type == LLAMA_DEPTHKV_BUDGET_AUTO;
+}
+
+void common_kv_budget_check_text(const std::string & text) {
+    common_kv_budget_parse(text);
+}
+
+static void common_kv_budget_override(common_params & params, const std::string & text) {
     auto & overrides = params.kv_overrides;
 
     // the list may be terminated already
@@ -35,9 +41,13 @@ static void common_kv_budget_override(common_params & params, double budget) {
 
     llama_model_kv_override kvo = {};
 
-    kvo.tag     = LLAMA_KV_OVERRIDE_TYPE_FLOAT;
-    kvo.val_f64 = budget;
-    strncpy(kvo.key, COMMON_KV_BUDGET_KEY, sizeof(kvo.key) - 1);
+    if (text.size() >= sizeof(kvo.val_str)) {
+        throw std::invalid_argument(string_format("error: --kv-budget has %zu characters: give at most %zu", text.size(), sizeof(kvo.val_str) - 1));
+    }
+
+    kvo.tag = LLAMA_KV_OVERRIDE_TYPE_STR;
+    strncpy(kvo.key,     COMMON_KV_BUDGET_KEY, sizeof(kvo.key)     - 1);
+    strncpy(kvo.val_str, text.c_str(),         sizeof(kvo.val_str) - 1);
 
     overrides.push_back(kvo);
 }
@@ -85,20 +95,81 @@ void common_kv_budget_apply(common_params & params) {
         return;
     }
 
-    const double budget = common_kv_budget_parse(params.kv_budget);
+    const auto budget = common_kv_budget_parse(params.kv_budget);
 
     // the full cache is that of stock llama.cpp
-    if (budget < 1.0) {
+    if (budget.type != LLAMA_DEPTHKV_BUDGET_FRACTION || budget.value < 1.0) {
         common_kv_budget_check(params);
     }
 
-    common_kv_budget_override(params, budget);
+    common_kv_budget_override(params, params.kv_budget);
 }
 
 void common_kv_budget_apply_draft(common_params & params) {
     // rather than no override: the file may carry a budget of its own
-    common_kv_budget_override(params, 1.0);
+    common_kv_budget_override(params, "1");
 
     params.kv_overrides.emplace_back();
     params.kv_overrides.back().key[0] = 0;
+}
+
+//
+// auto
+//
+
+// resident beside the model and its context: libraries and threads, and for each sequence its tokens and its sampler.
+// twice what llama-server took with one conversation and with four
+static constexpr size_t COMMON_KV_BUDGET_BYTES_PROCESS = 24*1024*1024;
+static constexpr size_t COMMON_KV_BUDGET_BYTES_SEQ     =  4*1024*1024;
+
+std::string common_kv_budget_fit(const std::string & text, const std::string & path_model, llama_model_params mparams, llama_context_params & cparams) {
+    if (!common_kv_budget_is_auto(text)) {
+        return text;
+    }
+
+    mparams.no_alloc  = true;
+    mparams.load_mode = LLAMA_LOAD_MODE_NONE;
+
+    llama_model_ptr model(llama_model_load_from_file(path_model.c_str(), mparams));
+    if (!model) {
+        throw std::runtime_error(string_format("error: --kv-budget auto: '%s' cannot be loaded", path_model.c_str()));
+    }
+
+    const size_t n_reserved = COMMON_KV_BUDGET_BYTES_PROCESS + cparams.n_seq_max*COMMON_KV_BUDGET_BYTES_SEQ;
+
+    auto depth = llama_depthkv_default_params();
+    depth.budget = text.c_str();
+    depth.memory = llama_depthkv_memory_free();
+    depth.memory = depth.memory > n_reserved ? depth.memory - n_reserved : 1;
+
+    llama_depthkv_stats stats;
+
+    if (llama_depthkv_plan(model.get(), cparams, depth, &stats, nullptr, 0) != 0) {
+        throw std::runtime_error(string_format("error: --kv-budget auto: %s", llama_depthkv_last_error()));
+    }
+
+    cparams.n_ubatch = stats.n_ubatch;
+
+    // 9 digits tell any two floats apart
+    return string_format("%.9g", stats.budget);
+}
+
+bool common_kv_budget_fit(common_params & params, llama_model_params & mparams, llama_context_params & cparams) {
+    if (!common_kv_budget_is_auto(params.kv_budget)) {
+        return true;
+    }
+
+    try {
+        common_kv_budget_override(params, common_kv_budget_fit(params.kv_budget, params.model.path, mparams, cparams));
+    } catch (const std::exception & e) {
+        COM_ERR("%s\n", e.what());
+        return false;
+    }
+
+    params.kv_overrides.emplace_back();
+    params.kv_overrides.back().key[0] = 0;
+
+    mparams.kv_overrides = params.kv_overrides.data();
+
+    return true;
 }

@@ -50,24 +50,6 @@ std::string server_kv_metrics::to_text() const {
 // server_kv
 //
 
-// the budget that the context got: from the arguments or from the model, 1 if it got none
-static double server_kv_get_budget(const llama_model * model, const common_params & params) {
-    const char * key = "depthkv.budget";
-
-    for (const auto & kvo : params.kv_overrides) {
-        if (strcmp(kvo.key, key) == 0 && kvo.tag == LLAMA_KV_OVERRIDE_TYPE_FLOAT) {
-            return kvo.val_f64;
-        }
-    }
-
-    char buf[64];
-    if (llama_model_meta_val_str(model, key, buf, sizeof(buf)) > 0) {
-        return std::strtod(buf, nullptr);
-    }
-
-    return 1.0;
-}
-
 bool server_kv::init(llama_context * ctx, const common_params & params) {
     reset();
 
@@ -84,8 +66,6 @@ bool server_kv::init(llama_context * ctx, const common_params & params) {
             SRV_ERR("%s\n", e.what());
             return false;
         }
-
-        budget = server_kv_get_budget(llama_get_model(ctx), params);
     }
 
     // with a budget every sequence has cells of its own
@@ -196,7 +176,7 @@ json server_kv::to_json(int id_slot, bool with_strips) {
 
     json res = {
         {"active",     stats.active},
-        {"budget",     budget},
+        {"budget",     std::round(1e6*stats.budget)/1e6}, // a float: 0.4 rather than 0.4000000059604645
         {"scorer",     stats.scorer},
         {"rule",       stats.rule},
         {"bytes",      stats.bytes/n_slots},

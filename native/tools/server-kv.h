@@ -96,7 +96,6 @@ private:
 
     bool   has_stats  = false;
     bool   is_unified = false; // the slots share the cells of a layer
-    double budget     = 1.0;
 
     llama_depthkv_stats stats = {};
 

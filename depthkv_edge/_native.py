@@ -14,14 +14,22 @@ from depthkv_edge.errors import DepthKVError
 llama_cpp = _library.import_bindings()
 _api = llama_cpp.llama_cpp  # the module that mirrors llama.h, and owns the library handle
 
-VERSION = 4  # LLAMA_DEPTHKV_VERSION
+VERSION = 5  # LLAMA_DEPTHKV_VERSION
 SCORERS = ("attention", "window", "streaming", "random")
 RULES = ("uniform", "proportional", "optimal")
 
 
+class llama_depthkv_budget(ctypes.Structure):
+    _fields_ = [
+        ("type", ctypes.c_int),
+        ("value", ctypes.c_double),
+    ]
+
+
 class llama_depthkv_params(ctypes.Structure):
     _fields_ = [
-        ("budget", ctypes.c_float),
+        ("budget", ctypes.c_char_p),
+        ("memory", ctypes.c_size_t),
         ("scorer", ctypes.c_char_p),
         ("rule", ctypes.c_char_p),
         ("n_sink", ctypes.c_int32),
@@ -46,13 +54,17 @@ class llama_depthkv_layer(ctypes.Structure):
 class llama_depthkv_stats(ctypes.Structure):
     _fields_ = [
         ("active", ctypes.c_bool),
+        ("budget", ctypes.c_float),
         ("n_layers", ctypes.c_int32),
+        ("n_ctx_seq", ctypes.c_uint32),
         ("n_ubatch", ctypes.c_uint32),
         ("bytes", ctypes.c_size_t),
         ("bytes_full", ctypes.c_size_t),
         ("bytes_scorer", ctypes.c_size_t),
         ("bytes_compute", ctypes.c_size_t),
         ("bytes_work", ctypes.c_size_t),
+        ("bytes_weights", ctypes.c_size_t),
+        ("bytes_other", ctypes.c_size_t),
         ("n_score", ctypes.c_uint64),
         ("n_evict", ctypes.c_uint64),
         ("n_reeval", ctypes.c_uint64),
@@ -107,6 +119,11 @@ if llama_depthkv_version() != VERSION:
 
 llama_depthkv_last_error = _bind("llama_depthkv_last_error", [], ctypes.c_char_p)
 
+# budget
+llama_depthkv_budget_parse = _bind(
+    "llama_depthkv_budget_parse", [ctypes.c_char_p, ctypes.POINTER(llama_depthkv_budget)], ctypes.c_bool
+)
+
 # context
 llama_depthkv_default_params = _bind("llama_depthkv_default_params", [], llama_depthkv_params)
 llama_depthkv_init_from_model = _bind(
@@ -114,7 +131,6 @@ llama_depthkv_init_from_model = _bind(
 )
 llama_depthkv_layer_count = _bind("llama_depthkv_layer_count", [_model_p], ctypes.c_int32)
 llama_depthkv_layer_id = _bind("llama_depthkv_layer_id", [_model_p, ctypes.c_int32], ctypes.c_int32)
-llama_depthkv_bytes_full = _bind("llama_depthkv_bytes_full", [_model_p, _context_params], ctypes.c_size_t)
 
 # statistics
 llama_depthkv_get_stats = _bind(
@@ -128,6 +144,21 @@ llama_depthkv_get_layer = _bind(
 llama_depthkv_get_positions = _bind(
     "llama_depthkv_get_positions",
     [_context_p, ctypes.c_int32, _seq_id, ctypes.POINTER(_pos), ctypes.c_int32],
+    ctypes.c_int32,
+)
+
+# plan
+llama_depthkv_memory_free = _bind("llama_depthkv_memory_free", [], ctypes.c_size_t)
+llama_depthkv_plan = _bind(
+    "llama_depthkv_plan",
+    [
+        _model_p,
+        _context_params,
+        llama_depthkv_params,
+        ctypes.POINTER(llama_depthkv_stats),
+        ctypes.POINTER(llama_depthkv_layer),
+        ctypes.c_int32,
+    ],
     ctypes.c_int32,
 )
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from depthkv_edge.budget import Auto, Budget, parse_size
+from depthkv_edge.budget import Budget, parse_size
 from depthkv_edge.checks import check_number
 from depthkv_edge.errors import DepthKVError
 
@@ -26,7 +26,7 @@ class Context:
 
     n_ctx: int
     n_ubatch: int
-    kv_budget: Budget | float | None
+    kv_budget: Budget | str | None
     use_mmap: bool = True
 
     def arguments(self) -> dict[str, Any]:
@@ -61,28 +61,23 @@ def fitted(
     Raises:
         DepthKVError: nothing fits, or the engine refuses the model.
     """
-    if memory is None and not isinstance(budget, Auto):
+    if memory is None and not (budget is not None and budget.is_auto):
         return Context(n_ctx or 0, n_ubatch, budget)
-    from depthkv_edge.fit import Shape, fit_memory, free_memory
+    from depthkv_edge.context import Options, flash_attn_type
+    from depthkv_edge.fit import fit_memory, free_memory
 
-    fit = fit_memory(
-        path,
-        free_memory() if memory is None else memory,
-        n_ctx,
-        budget,
+    options = Options(
         n_ubatch=n_ubatch,
-        # enum llama_flash_attn_type is -1, 0 or 1
-        shape=Shape(
-            type_k=type_k,
-            type_v=type_v,
-            flash_attn=None if flash_attn is None else int(flash_attn),
-            scorer=scorer,
-            rule=rule,
-        ),
+        type_k=type_k,
+        type_v=type_v,
+        flash_attn=flash_attn_type(flash_attn),
+        scorer=scorer,
+        rule=rule,
     )
+    fit = fit_memory(path, free_memory() if memory is None else memory, n_ctx, budget, options=options)
     for name, text in fit.rows:
         click.echo(f"{name:<10}{text}", err=True)
-    return Context(fit.n_ctx, fit.n_ubatch, fit.budget, use_mmap=False)
+    return Context(fit.n_ctx, fit.n_ubatch, fit.kv_budget, use_mmap=False)
 
 
 def check_positive(*options: tuple[str, int | None]) -> None:

@@ -11,13 +11,12 @@ from typing import Any
 
 import psutil
 
-from depthkv_edge import __version__, _library, _log, _native
+from depthkv_edge import __version__, _library, _native
 from depthkv_edge._native import llama_cpp
+from depthkv_edge.context import load_without_weights
 from depthkv_edge.errors import DepthKVError
 from depthkv_edge.facts import engine_facts, machine_facts, model_facts, trained_ctx
 from depthkv_edge.fit import Need, contexts_up_to, free_memory, measuring
-from depthkv_edge.llama import load_without_weights
-from depthkv_edge.memory import free_bytes
 
 _api = llama_cpp.llama_cpp
 
@@ -114,7 +113,7 @@ def diagnose(model: Path | None = None) -> Diagnosis:
         devices=devices(),
         machine=machine_facts(psutil.cpu_count(logical=False) or os.cpu_count() or 1),
         threads=os.cpu_count() or 1,
-        memory_free=free_bytes(),
+        memory_free=psutil.virtual_memory().available,
         memory_usable=usable,
         model=None if model is None else _report(model, usable),
     )
@@ -185,10 +184,5 @@ def _report(path: Path, usable: int) -> ModelReport:
 
 
 def _refusal(path: Path) -> str:
-    _native.clear_error()
-    with _log.capture_errors(verbose=False) as lines:
-        try:
-            with load_without_weights(str(path)) as model:
-                return _native.last_error() if _native.llama_depthkv_layer_count(model) < 0 else ""
-        except ValueError as error:
-            raise DepthKVError(f"{path}: {_native.last_error() or _log.reason(lines) or error}") from error
+    with load_without_weights(path) as model:
+        return _native.last_error() if _native.llama_depthkv_layer_count(model) < 0 else ""

@@ -2,25 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from depthkv_edge import _log, _native
-from depthkv_edge._native import llama_cpp
 from depthkv_edge.budget import Budget
-from depthkv_edge.calibration import KEY_BUDGET, Calibration, read_calibration
+from depthkv_edge.calibration import Calibration, read_calibration
+from depthkv_edge.context import AUTO, Options, load_without_weights, plan_context, trained_ctx
 from depthkv_edge.errors import DepthKVError
-from depthkv_edge.gguf_file import open_gguf, scalar
-from depthkv_edge.llama import load_without_weights, resolve_budget
-from depthkv_edge.stats import KVStats, LayerStats, read_stats
+from depthkv_edge.stats import KVStats, LayerStats
 
-_api = llama_cpp.llama_cpp
-
-_N_BATCH = _N_UBATCH = 512  # what `Llama` and `run` have unless told otherwise
 _MAX_CTX = 2**24  # K and V are not allocated, but the engine's record of which cell holds which position is
 
 
@@ -101,46 +93,20 @@ def inspect_model(path: Path, kv_budget: Budget | None = None, n_ctx: int = 0) -
     if not 0 <= n_ctx <= _MAX_CTX:
         raise DepthKVError(f"a context of {n_ctx} tokens cannot be inspected: give 1 to {_MAX_CTX}")
     calibration = read_calibration(path)
-    _native.clear_error()
-    with _log.capture_errors(verbose=False) as lines:
+    text = None if kv_budget is None else kv_budget.text
+    with load_without_weights(path) as model:
+        options = Options(n_ctx=n_ctx or _trained_ctx(model), budget=text, flash_attn=AUTO)
         try:
-            with _context(path, kv_budget, n_ctx) as (context, budget):
-                kv, n_ctx = read_stats(context, budget), _api.llama_n_ctx(context)
+            kv = plan_context(model, options).kv
         except DepthKVError as error:
             raise DepthKVError(f"{path}: {error}") from None
-        except ValueError as error:
-            raise DepthKVError(f"{path}: {_native.last_error() or _log.reason(lines) or error}") from error
     if not kv.layers:
         raise DepthKVError(f"{path}: no layer of the model has KV cells that grow with the context: nothing to inspect")
-    return Inspection(path, n_ctx, calibration, kv)
-
-
-@contextlib.contextmanager
-def _context(path: Path, written: Budget | None, n_ctx: int) -> Iterator[tuple[Any, float]]:
-    """A `llama_context` as `Llama` would create it, and its budget. K, V and weights are not allocated."""
-    params = _api.llama_context_default_params()
-    params.n_batch, params.n_ubatch = _N_BATCH, _N_UBATCH
-    depth = _native.llama_depthkv_default_params()
-    with load_without_weights(str(path)) as model:
-        params.n_ctx = n_ctx = n_ctx or _trained_ctx(model)
-        if written is None:  # the engine has checked the file's own when it loaded the model
-            budget = float(scalar(open_gguf(path), KEY_BUDGET) or 1.0)
-        else:
-            budget = resolve_budget(written, str(path), {"n_ctx": n_ctx, "n_batch": _N_BATCH, "n_ubatch": _N_UBATCH})
-        if budget < 1.0:
-            params.swa_full = False
-        depth.budget = budget
-        context = _native.llama_depthkv_init_from_model(model, params, depth)
-        if not context:
-            raise ValueError("the engine cannot create a context")
-        try:
-            yield context, budget
-        finally:
-            _api.llama_free(context)
+    return Inspection(path, kv.n_ctx_seq, calibration, kv)
 
 
 def _trained_ctx(model: Any) -> int:
-    n_ctx = int(_api.llama_model_n_ctx_train(model)) % 2**32  # the file's number has no sign, the API's has one
+    n_ctx = trained_ctx(model)
     if not 0 < n_ctx <= _MAX_CTX:
         raise DepthKVError(f"the file's context of {n_ctx} tokens cannot be inspected: give 1 to {_MAX_CTX} with -c")
     return n_ctx

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import inspect
 import os
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -15,8 +14,9 @@ import psutil
 
 from depthkv_edge import _log, _native
 from depthkv_edge._native import llama_cpp
-from depthkv_edge.budget import Auto, Budget, Fraction, FullCache, parse_budget
+from depthkv_edge.budget import Budget, parse_budget
 from depthkv_edge.checks import MAX_THREADS, check_number, check_threads
+from depthkv_edge.context import KEY_BUDGET, Options, default_flash_attn, flash_attn_type, plan_params
 from depthkv_edge.errors import DepthKVError
 from depthkv_edge.models import check_gguf, resolve_model
 from depthkv_edge.stats import KVStats, read_stats
@@ -24,13 +24,10 @@ from depthkv_edge.units import mib
 
 _api = llama_cpp.llama_cpp
 
-KEY_BUDGET = "depthkv.budget"
 KEY_SCORER = "depthkv.scorer"
 KEY_RULE = "depthkv.rule"
 KEY_SINK = "depthkv.sink_tokens"
 KEY_RECENT = "depthkv.recent_tokens"
-
-_ROWS_SATURATED = 2**21  # positions: beyond any sliding window, so that only the growing layers still grow
 
 # F32, F16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, IQ4_NL, BF16: what common/arg.cpp of llama.cpp takes
 _KV_TYPES = frozenset((0, 1, 2, 3, 6, 7, 8, 20, 30))
@@ -85,24 +82,21 @@ class Llama(llama_cpp.Llama):
     ):
         self._stack = contextlib.ExitStack()  # the base class closes it in __del__, even when __init__ stops early
         self._flash_attn = flash_attn
-        self._swa_full = kwargs.get("swa_full")
-        self._budget = 1.0
 
         budget = None if kv_budget is None else parse_budget(kv_budget)
         _check_options(scorer, rule, n_sink, n_recent, kwargs.get("n_ctx", 512))
         _check_kwargs(kwargs)
         kwargs |= _threads(kwargs)
         check_gguf(Path(model_path) if model_path else resolve_model(""))
-        if isinstance(budget, Auto):
-            budget, kwargs["n_ubatch"] = _fit_free_memory(Path(model_path), kwargs, flash_attn, scorer, rule)
+        if budget is not None and budget.is_auto:
+            budget, kwargs["n_ubatch"] = _fit_free_memory(Path(model_path), budget, kwargs, flash_attn, scorer, rule)
             kwargs.setdefault("use_mmap", False)  # see fit.py
         _native.clear_error()
         with _log.capture_errors(verbose) as lines:
             try:
                 overrides = dict(kv_overrides or {})
-                if budget is not None:
-                    overrides[KEY_BUDGET] = resolve_budget(budget, os.fspath(model_path), kwargs)
-                given = {KEY_SCORER: scorer, KEY_RULE: rule, KEY_SINK: n_sink, KEY_RECENT: n_recent}
+                text = None if budget is None else budget.text
+                given = {KEY_BUDGET: text, KEY_SCORER: scorer, KEY_RULE: rule, KEY_SINK: n_sink, KEY_RECENT: n_recent}
                 overrides |= {key: value for key, value in given.items() if value is not None}
                 super().__init__(
                     os.fspath(model_path),
@@ -137,21 +131,21 @@ class Llama(llama_cpp.Llama):
     @_model.setter
     def _model(self, model: Any) -> None:
         self.__dict__["_model"] = model
-        self._budget = _model_budget(model, self.kv_overrides or {})
-        params = self.context_params
-        if self._flash_attn is None:
-            params.flash_attn_type = default_flash_attn(self._budget, params.type_v)
-        if self._swa_full is None and self._budget < 1.0:
-            # full-size caches for sliding windows would cost more than the budget saves
-            params.swa_full = False
-        self._check_memory(model.model, params)
-
-    def _check_memory(self, model: Any, params: Any) -> None:
-        """Refuse at once what cannot be there; the engine would first set up and clear what it can get."""
-        if self.model_params.vocab_only or (self.model_params.n_gpu_layers and _api.llama_supports_gpu_offload()):
+        if self.model_params.vocab_only:
             return
-        n_bytes = int(self._budget * _native.llama_depthkv_bytes_full(model, params))  # 0 if there is no budget for it
-        _native.clear_error()
+        params = self.context_params
+        try:
+            plan = plan_params(model.model, params, _native.llama_depthkv_default_params())
+        except DepthKVError as error:
+            raise DepthKVError(f"{self.model_path}: {error}") from None
+        if self._flash_attn is None:
+            params.flash_attn_type = default_flash_attn(plan.kv.active, params.type_v)
+        self._check_memory(plan.kv.bytes)
+
+    def _check_memory(self, n_bytes: int) -> None:
+        """Refuse at once what cannot be there; the engine would first set up and clear what it can get."""
+        if self.model_params.n_gpu_layers and _api.llama_supports_gpu_offload():
+            return
         total = psutil.virtual_memory().total
         if n_bytes > total:
             raise DepthKVError(
@@ -165,7 +159,7 @@ class Llama(llama_cpp.Llama):
         Raises:
             DepthKVError: there is no such sequence, or the model has been closed.
         """
-        return read_stats(self.ctx, self._budget, self._check_sequence(seq_id))
+        return read_stats(self.ctx, self._check_sequence(seq_id))
 
     def kv_positions(self, layer: int, seq_id: int = 0) -> list[int]:
         """Positions that the `layer`-th of `kv_stats().layers` holds for a sequence, ascending.
@@ -261,7 +255,7 @@ class Llama(llama_cpp.Llama):
 
     def __getstate__(self) -> dict[str, Any]:
         # the base class rebuilds from the context's parameters, where the engine's own choices no longer show as such
-        return super().__getstate__() | {"flash_attn": self._flash_attn, "swa_full": self._swa_full}
+        return super().__getstate__() | {"flash_attn": self._flash_attn}
 
 
 def _check_kwargs(kwargs: Mapping[str, Any]) -> None:
@@ -296,115 +290,23 @@ def _check_options(scorer: str | None, rule: str | None, n_sink: int | None, n_r
 
 
 def _fit_free_memory(
-    path: Path, kwargs: Mapping[str, Any], flash_attn: bool | None, scorer: str | None, rule: str | None
-) -> tuple[Fraction, int]:
+    path: Path, auto: Budget, kwargs: Mapping[str, Any], flash_attn: bool | None, scorer: str | None, rule: str | None
+) -> tuple[Budget, int]:
     """Budget and ubatch for the context that was asked for."""
     from depthkv_edge.facts import trained_ctx
-    from depthkv_edge.fit import Shape, fit_memory, free_memory  # which imports this module
+    from depthkv_edge.fit import fit_memory, free_memory  # what most uses of the package do without
 
     n_batch = kwargs.get("n_batch", 512)
-    shape = Shape(
+    options = Options(
         n_batch=n_batch,
-        type_k=kwargs.get("type_k"),
-        type_v=kwargs.get("type_v"),
-        flash_attn=None if flash_attn is None else int(flash_attn),  # enum llama_flash_attn_type is -1, 0 or 1
+        n_ubatch=min(n_batch, kwargs.get("n_ubatch", 512)),
+        type_k=Options.type_k if kwargs.get("type_k") is None else kwargs["type_k"],
+        type_v=Options.type_v if kwargs.get("type_v") is None else kwargs["type_v"],
+        flash_attn=flash_attn_type(flash_attn),
         swa_full=kwargs.get("swa_full"),
         scorer=scorer,
         rule=rule,
     )
-    n_ubatch = min(n_batch, kwargs.get("n_ubatch", 512))
     n_ctx = kwargs.get("n_ctx", 512) or trained_ctx(path)
-    fit = fit_memory(path, free_memory(), n_ctx, Auto(), n_ubatch=n_ubatch, shape=shape)
-    return Fraction(fit.budget), fit.n_ubatch
-
-
-def resolve_budget(budget: Budget, model_path: str, kwargs: Mapping[str, Any]) -> float:
-    """Fraction of the full cache that a budget is for this model. `Auto` is for `fit.fit_memory`.
-
-    Args:
-        kwargs: arguments of `Llama` that the size of the cache depends on.
-
-    Raises:
-        DepthKVError: it is less than the engine can hold, or the model cannot be had.
-    """
-    assert not isinstance(budget, Auto)
-    if isinstance(budget, Fraction):
-        return budget.value
-    with load_without_weights(model_path) as model:
-        return budget.resolve(full_cache(model, kwargs))
-
-
-def default_flash_attn(budget: float, type_v: int) -> int:
-    """`enum llama_flash_attn_type` where the caller has no wish: the engine knows what is fastest with a budget."""
-    # llama.cpp needs flash attention for a quantised V
-    if budget < 1.0 or _is_quantised(type_v):
-        return int(_api.LLAMA_FLASH_ATTN_TYPE_AUTO)
-    return int(_api.LLAMA_FLASH_ATTN_TYPE_DISABLED)
-
-
-@contextlib.contextmanager
-def load_without_weights(model_path: str) -> Iterator[Any]:
-    """A `llama_model` with its metadata and tensor shapes only: the key-value override must be known before loading."""
-    params = _api.llama_model_default_params()
-    params.no_alloc = True
-    params.load_mode = _api.LLAMA_LOAD_MODE_NONE
-    model = _api.llama_model_load_from_file(model_path.encode(), params)
-    if model is None:
-        raise ValueError(f"{model_path} cannot be loaded")
-    try:
-        yield model
-    finally:
-        _api.llama_model_free(model)
-
-
-def full_cache(model: Any, kwargs: Mapping[str, Any]) -> FullCache:
-    """The full KV cache that `Llama` with these arguments would have, for a model that is loaded already.
-
-    Raises:
-        DepthKVError: per-layer eviction is not defined for the model.
-    """
-    params = _api.llama_context_default_params()
-    n_ctx = kwargs.get("n_ctx", 512) or _api.llama_model_n_ctx_train(model)
-    params.n_batch = min(n_ctx, kwargs.get("n_batch", 512))
-    params.n_ubatch = min(params.n_batch, kwargs.get("n_ubatch", 512))
-    params.swa_full = bool(kwargs.get("swa_full"))
-    params.offload_kqv = kwargs.get("offload_kqv", True)
-    for name in ("type_k", "type_v"):
-        if kwargs.get(name) is not None:
-            setattr(params, name, kwargs[name])
-
-    def bytes_at(n: int) -> int:
-        params.n_ctx = n
-        n_bytes = _native.llama_depthkv_bytes_full(model, params)
-        if not n_bytes:
-            raise DepthKVError(_native.last_error() or f"the size of a KV cache of {n} tokens is not known")
-        return n_bytes
-
-    total = bytes_at(n_ctx)
-    growth = bytes_at(2 * _ROWS_SATURATED) - bytes_at(_ROWS_SATURATED)
-    growing = min(total, growth * n_ctx // _ROWS_SATURATED)
-    return FullCache(n_ctx=n_ctx, bytes_growing=growing, bytes_window=total - growing)
-
-
-def file_budget(model: Any) -> float | None:
-    """The budget in the file of a `llama_model`, if it has one. It is for the engine to refuse it."""
-    buffer = ctypes.create_string_buffer(64)
-    if _api.llama_model_meta_val_str(model, KEY_BUDGET.encode(), buffer, len(buffer)) < 0:
-        return None
-    with contextlib.suppress(ValueError):
-        return float(buffer.value.decode())
-    return None
-
-
-def _model_budget(model: Any, overrides: Mapping[str, Override]) -> float:
-    """The budget that the engine will read: the override's, the file's, or 1.0."""
-    if KEY_BUDGET not in overrides:
-        return file_budget(model.model) or 1.0
-    try:
-        return float(overrides[KEY_BUDGET])
-    except ValueError:
-        return 1.0
-
-
-def _is_quantised(ggml_type: int) -> bool:
-    return ggml_type not in (_api.GGML_TYPE_F32, _api.GGML_TYPE_F16, 30)  # 30: GGML_TYPE_BF16, absent from the bindings
+    fit = fit_memory(path, free_memory(), n_ctx, auto, options=options)
+    return parse_budget(fit.kv_budget), fit.n_ubatch

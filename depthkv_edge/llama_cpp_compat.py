@@ -35,6 +35,7 @@ import click
 from depthkv_edge import llama as _depthkv
 from depthkv_edge._native import llama_cpp
 from depthkv_edge.budget import FORMS, Budget, parse_budget
+from depthkv_edge.context import is_quantised
 from depthkv_edge.errors import DepthKVError
 
 ENV_BUDGET = "DEPTHKV_KV_BUDGET"
@@ -146,10 +147,8 @@ class Llama(_depthkv.Llama):
     def _init_stock(self, model_path: str, kwargs: dict[str, Any]) -> None:
         # The file itself may carry a budget, and then the engine chooses here too. A quantised V without flash
         # attention is an error of stock llama.cpp, and stays one.
-        needs_flash = kwargs.get("type_v") is not None and _depthkv._is_quantised(kwargs["type_v"])
+        needs_flash = kwargs.get("type_v") is not None and is_quantised(kwargs["type_v"])
         self._flash_attn = True if kwargs.get("flash_attn") else False if needs_flash else None
-        self._swa_full = kwargs.get("swa_full")
-        self._budget = 1.0
         _Stock.__init__(self, model_path, **kwargs)
 
 

@@ -26,14 +26,3 @@ def rss_bytes() -> int:
     """Resident size of the process."""
     return int(psutil.Process().memory_info().rss)
 
-
-def free_bytes() -> int:
-    """Memory that a new allocation can have without swapping, within the limit of the process's control group."""
-    free = psutil.virtual_memory().available
-    group = Path("/sys/fs/cgroup")  # a container sees its own group here; psutil sees the whole machine
-    try:
-        limit = (group / "memory.max").read_text().strip()
-        used = int((group / "memory.current").read_text())
-    except (OSError, ValueError):
-        return free
-    return free if limit == "max" else max(0, min(free, int(limit) - used))

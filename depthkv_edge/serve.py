@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from depthkv_edge import _library
-from depthkv_edge.budget import Auto, Budget
+from depthkv_edge.budget import Budget
 from depthkv_edge.checks import check_number, check_threads
 from depthkv_edge.errors import DepthKVError
 
@@ -109,7 +109,7 @@ class ServeSettings:
     @property
     def fitted(self) -> bool:
         """Whether everything together has to stay under a size."""
-        return self.memory is not None or isinstance(self.budget, Auto)
+        return self.memory is not None or (self.budget is not None and self.budget.is_auto)
 
 
 @dataclass(frozen=True)
@@ -142,7 +142,7 @@ def prepare(settings: ServeSettings, environment: Mapping[str, str] = os.environ
     options = _options(settings, unified=settings.parallel > 1, n_ubatch=N_UBATCH)
     _check_command([*command, *options], environment)
     cache = _plan(settings)
-    command += ["--ctx-size", str(cache.n_ctx), "--kv-budget", repr(cache.budget)]
+    command += ["--ctx-size", str(cache.n_ctx), "--kv-budget", cache.kv_budget]
     command += _options(settings, unified=cache.unified, n_ubatch=cache.n_ubatch)
     if cache.active:  # what does not go with a budget
         _check_command(command, environment)
@@ -395,13 +395,15 @@ def _plan(settings: ServeSettings) -> CachePlan:
 
 def _plan_as(settings: ServeSettings, *, unified: bool) -> CachePlan:
     # imported here, so that what is wrong so far is said at once, and --help needs no library
-    from depthkv_edge.fit import Shape
+    from depthkv_edge.context import Options
     from depthkv_edge.serve_cache import FLASH_ATTN, ggml_type, plan_cache
 
     extra = settings.extra
     n_batch = _number(extra, "--batch-size", "-b", default=N_BATCH)
-    shape = Shape(
+    options = Options(
+        n_ctx=settings.n_ctx or 0,
         n_batch=n_batch,
+        n_ubatch=min(n_batch, _number(extra, *_UBATCH, default=N_UBATCH)),
         n_seq=settings.parallel,
         unified=unified,
         type_k=ggml_type(_value(extra, "-ctk", "--cache-type-k") or "f16"),
@@ -409,5 +411,4 @@ def _plan_as(settings: ServeSettings, *, unified: bool) -> CachePlan:
         flash_attn=FLASH_ATTN.get(_value(extra, "-fa", "--flash-attn") or "auto"),
         swa_full=_given(extra, "--swa-full"),
     )
-    n_ubatch = min(n_batch, _number(extra, *_UBATCH, default=N_UBATCH))
-    return plan_cache(settings.model, settings.budget, settings.n_ctx, n_ubatch, shape, settings.memory)
+    return plan_cache(settings.model, settings.budget, options, settings.memory)

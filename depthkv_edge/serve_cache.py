@@ -8,17 +8,13 @@ from typing import Any
 
 from gguf import GGMLQuantizationType
 
-from depthkv_edge import _log, _native
-from depthkv_edge._native import llama_cpp
-from depthkv_edge.budget import Auto, Budget, Bytes
+from depthkv_edge.budget import Budget
+from depthkv_edge.context import AUTO, OFF, ON, Options, load_without_weights, plan_context, trained_ctx
 from depthkv_edge.errors import DepthKVError
-from depthkv_edge.fit import Fit, Shape, fit_memory, free_memory
-from depthkv_edge.llama import file_budget, load_without_weights, resolve_budget
-from depthkv_edge.stats import KVStats, read_stats
+from depthkv_edge.fit import fit_memory, free_memory
+from depthkv_edge.stats import KVStats
 
-_api = llama_cpp.llama_cpp
-
-FLASH_ATTN = {"auto": -1, "off": 0, "on": 1}  # enum llama_flash_attn_type
+FLASH_ATTN = {"auto": AUTO, "off": OFF, "on": ON}
 
 # Resident in a server beside weights, K and V and buffers: libraries and threads, and for each conversation its tokens
 # and its sampler. Twice what SmolLM2 took: 13 to 20 MiB with one conversation, 26 with four.
@@ -33,6 +29,7 @@ class CachePlan:
         active: False where the stock, full cache runs.
         unified: every conversation may use all positions, and has its part of the cells; otherwise of both.
         budget: share of the full cache, in (0, 1]: what was asked for, the model's own, or 1.
+        kv_budget: the same as the server is told.
         n_ctx: positions of the context, as the server is told.
         n_ctx_seq: positions of one conversation.
         n_ubatch: most tokens to compute at once; with a budget the engine takes fewer where layers are small.
@@ -46,6 +43,7 @@ class CachePlan:
     active: bool
     unified: bool
     budget: float
+    kv_budget: str
     n_ctx: int
     n_ctx_seq: int
     n_ubatch: int
@@ -68,107 +66,63 @@ def ggml_type(name: str) -> int:
         raise DepthKVError(f"cache type {name} is not known: give f32, f16, bf16, q8_0 or q4_0") from None
 
 
-def plan_cache(
-    model: Path, budget: Budget | None, n_ctx: int | None, n_ubatch: int, shape: Shape, memory: int | None = None
-) -> CachePlan:
+def plan_cache(model: Path, budget: Budget | None, options: Options, memory: int | None = None) -> CachePlan:
     """Have the engine plan a server's KV cache. No weights are read, no K and V allocated.
 
     Args:
         budget: None for the model's own, or the full cache.
-        n_ctx: positions; None for what the model was trained for, or what fits the memory.
-        n_ubatch: most tokens to compute at once.
+        options: of the context, but for the budget; `n_ctx` 0 for what the model was trained for, or what fits memory.
         memory: bytes for the server as a whole; None: no limit.
 
     Raises:
         DepthKVError: the file is damaged, the engine refuses the model, the budget or the context, or nothing fits.
     """
-    _native.clear_error()
-    with _log.capture_errors(verbose=False) as lines:
-        try:
-            if memory is None and isinstance(budget, Auto):
-                memory = free_memory()
-            if memory is None:
-                return _plan(model, budget, n_ctx, n_ubatch, shape)
-            process = _PROCESS_BYTES + _SLOT_BYTES * shape.n_seq
-            fit = fit_memory(model, memory, n_ctx, budget, n_ubatch=n_ubatch, shape=shape, process_bytes=process)
-            return _plan_fitting(model, fit, shape)
-        except DepthKVError as error:
-            raise _refusal(model, str(error), shape) from None
-        except ValueError as error:
-            raise _refusal(model, _native.last_error() or _log.reason(lines) or str(error), shape) from error
+    try:
+        if memory is None and budget is not None and budget.is_auto:
+            memory = free_memory()
+        if memory is None:
+            return _plan(model, budget, options)
+        process = _PROCESS_BYTES + _SLOT_BYTES * options.n_seq
+        fit = fit_memory(model, memory, options.n_ctx or None, budget, options=options, process_bytes=process)
+        with load_without_weights(model) as loaded:
+            _check_trained(loaded, fit.n_ctx, fit.kv)
+        fitted = replace(options, n_ctx=fit.n_ctx, n_ubatch=fit.n_ubatch)
+        return replace(_cache(fit.kv, fit.kv_budget, fitted), rows=fit.rows)
+    except DepthKVError as error:
+        why = str(error).removeprefix(f"{model}: ")
+        hint = ", or lower --parallel" if options.n_seq > 1 and "below the floor" in why else ""
+        raise DepthKVError(f"{model}: {why}{hint}") from None
 
 
-def _refusal(path: Path, why: str, shape: Shape) -> DepthKVError:
-    hint = ", or lower --parallel" if shape.n_seq > 1 and "below the floor" in why else ""
-    return DepthKVError(f"{path}: {why.removeprefix(f'{path}: ')}{hint}")
+def _plan(path: Path, budget: Budget | None, options: Options) -> CachePlan:
+    with load_without_weights(path) as model:
+        text = None if budget is None else budget.text
+        asked = replace(options, n_ctx=options.n_ctx or trained_ctx(model), budget=text)
+        kv = plan_context(model, asked).kv
+        _check_trained(model, asked.n_ctx, kv)
+    return _cache(kv, text or str(kv.budget), asked)
 
 
-def _plan_fitting(path: Path, fit: Fit, shape: Shape) -> CachePlan:
-    with load_without_weights(str(path)) as model:
-        stats, n_ctx_seq = _stats(model, shape, fit.n_ctx, fit.n_ubatch, fit.budget)
-        _check_trained(model, fit.n_ctx, n_ctx_seq)
-    return replace(_cache(stats, fit.budget, fit.n_ctx, n_ctx_seq, fit.n_ubatch, shape), rows=fit.rows)
-
-
-def _plan(path: Path, budget: Budget | None, n_ctx: int | None, n_ubatch: int, shape: Shape) -> CachePlan:
-    with load_without_weights(str(path)) as model:
-        n_ctx = n_ctx or int(_api.llama_model_n_ctx_train(model))
-        arguments = {"n_ctx": n_ctx, "n_batch": shape.n_batch, "n_ubatch": n_ubatch, "swa_full": shape.swa_full}
-        arguments |= {"type_k": shape.type_k, "type_v": shape.type_v}
-        share = file_budget(model) or 1.0
-        if budget is not None:
-            share = resolve_budget(budget, str(path), arguments)
-        stats, n_ctx_seq = _stats(model, shape, n_ctx, n_ubatch, share)
-        if isinstance(budget, Bytes) and stats.bytes > budget.value:
-            # every conversation has sliding windows of its own, which the share above counts once
-            share = resolve_budget(Bytes(2 * budget.value - stats.bytes), str(path), arguments)
-            stats, n_ctx_seq = _stats(model, shape, n_ctx, n_ubatch, share)
-        _check_trained(model, n_ctx, n_ctx_seq)
-    return _cache(stats, share, n_ctx, n_ctx_seq, n_ubatch, shape)
-
-
-def _check_trained(model: Any, n_ctx: int, n_ctx_seq: int) -> None:
-    n_trained = int(_api.llama_model_n_ctx_train(model))
-    if n_ctx_seq > n_trained:
+def _check_trained(model: Any, n_ctx: int, kv: KVStats) -> None:
+    n_trained = trained_ctx(model)
+    if kv.n_ctx_seq > n_trained:
         raise DepthKVError(
             f"-c {n_ctx} is more than the {n_trained} tokens that the model was trained for, and llama-server gives a "
             f"conversation no more than these: give -c {n_trained} or less"
         )
 
 
-def _cache(stats: KVStats, share: float, n_ctx: int, n_ctx_seq: int, n_ubatch: int, shape: Shape) -> CachePlan:
+def _cache(kv: KVStats, kv_budget: str, options: Options) -> CachePlan:
     return CachePlan(
-        active=stats.active,
-        unified=shape.unified,
-        budget=share,
-        n_ctx=n_ctx,
-        n_ctx_seq=n_ctx_seq,
-        n_ubatch=n_ubatch,
-        bytes=stats.bytes,
-        bytes_full=stats.bytes_full,
-        cells=sum(layer.cells for layer in stats.layers) // max(1, len(stats.layers)),
-        n_seq=shape.n_seq,
+        active=kv.active,
+        unified=options.unified,
+        budget=kv.budget,
+        kv_budget=kv_budget,
+        n_ctx=options.n_ctx,
+        n_ctx_seq=kv.n_ctx_seq,
+        n_ubatch=options.n_ubatch,
+        bytes=kv.bytes,
+        bytes_full=kv.bytes_full,
+        cells=sum(layer.cells for layer in kv.layers) // max(1, len(kv.layers)),
+        n_seq=options.n_seq,
     )
-
-
-def _stats(model: Any, shape: Shape, n_ctx: int, n_ubatch: int, budget: float) -> tuple[KVStats, int]:
-    """Of an empty context, and the positions of one conversation in it."""
-    params = _api.llama_context_default_params()
-    params.n_ctx = n_ctx
-    params.n_batch, params.n_ubatch = shape.n_batch, n_ubatch
-    params.n_seq_max, params.kv_unified = shape.n_seq, shape.unified
-    for name in ("type_k", "type_v", "swa_full"):
-        if getattr(shape, name) is not None:
-            setattr(params, name, getattr(shape, name))
-    if shape.flash_attn is not None:
-        params.flash_attn_type = shape.flash_attn
-    depth = _native.llama_depthkv_default_params()
-    depth.budget = budget
-    ctx = _native.llama_depthkv_init_from_model(model, params, depth)
-    if not ctx:
-        raise ValueError("the engine cannot create a context")
-    try:
-        n_ctx_seq = int(_api.llama_n_ctx(ctx)) // (1 if shape.unified else shape.n_seq)
-        return read_stats(ctx, budget), n_ctx_seq
-    finally:
-        _api.llama_free(ctx)

@@ -6,6 +6,8 @@ import ctypes
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
+
 from depthkv_edge import _native
 from depthkv_edge.errors import DepthKVError
 
@@ -35,7 +37,7 @@ class KVStats:
 
     Attributes:
         active: False where the stock, full cache runs.
-        budget: share of the full cache, in (0, 1]; 1.0 for the full cache.
+        budget: share of the full cache that the layers have, in (0, 1]; 1.0 for the full cache.
         scorer: token-scoring rule.
         rule: allocation rule.
         calibrated: scorer that the model's layers were calibrated with; empty if they were not.
@@ -44,6 +46,9 @@ class KVStats:
         bytes_scorer: query samples and other eviction state.
         bytes_compute: temporary buffers of all backends, for the largest ubatch.
         bytes_work: bound of what the CPU backend needs beside them.
+        bytes_weights: tensors of the model.
+        bytes_other: about what a process takes beside all that: records of the cells, logits, graphs.
+        n_ctx_seq: positions of one sequence.
         n_ubatch: tokens computed at once.
         n_score: scoring passes.
         n_evict: cells freed by eviction, all layers.
@@ -62,6 +67,9 @@ class KVStats:
     bytes_scorer: int
     bytes_compute: int
     bytes_work: int
+    bytes_weights: int
+    bytes_other: int
+    n_ctx_seq: int
     n_ubatch: int
     n_score: int
     n_evict: int
@@ -84,7 +92,7 @@ class KVStats:
         }
 
 
-def read_stats(ctx: Any, budget: float, seq_id: int = 0) -> KVStats:
+def read_stats(ctx: Any, seq_id: int = 0) -> KVStats:
     """Statistics of a `llama_context`, with the occupancy of one sequence.
 
     Raises:
@@ -93,28 +101,19 @@ def read_stats(ctx: Any, budget: float, seq_id: int = 0) -> KVStats:
     raw = _native.llama_depthkv_stats()
     if not _native.llama_depthkv_get_stats(ctx, ctypes.byref(raw)):
         raise DepthKVError(_native.last_error() or "the engine gave no statistics for this context")
-    return KVStats(
-        active=raw.active,
-        budget=budget if raw.active else 1.0,
-        scorer=raw.scorer.decode(),
-        rule=raw.rule.decode(),
-        calibrated=raw.calibrated.decode(),
-        bytes=raw.bytes,
-        bytes_full=raw.bytes_full,
-        bytes_scorer=raw.bytes_scorer,
-        bytes_compute=raw.bytes_compute,
-        bytes_work=raw.bytes_work,
-        n_ubatch=raw.n_ubatch,
-        n_score=raw.n_score,
-        n_evict=raw.n_evict,
-        n_reeval=raw.n_reeval,
-        t_evict_us=raw.t_evict_us,
-        layers=[_read_layer(ctx, i, seq_id) for i in range(raw.n_layers)],
-    )
+    layers = (_native.llama_depthkv_layer * raw.n_layers)()
+    for i in range(raw.n_layers):
+        if not _native.llama_depthkv_get_layer(ctx, i, seq_id, ctypes.byref(layers[i])):
+            raise DepthKVError(_native.last_error() or f"the engine gave no statistics for KV layer {i}")
+    return from_raw(raw, layers)
 
 
-def _read_layer(ctx: Any, i: int, seq_id: int) -> LayerStats:
-    raw = _native.llama_depthkv_layer()
-    if not _native.llama_depthkv_get_layer(ctx, i, seq_id, ctypes.byref(raw)):
-        raise DepthKVError(_native.last_error() or f"the engine gave no statistics for KV layer {i}")
-    return LayerStats(layer=raw.layer, cells=raw.cells, used=raw.used, evicted=raw.evicted, bytes=raw.bytes)
+def from_raw(raw: Any, layers: Any) -> KVStats:
+    """The same of a `llama_depthkv_stats`, and an array of `llama_depthkv_layer` of at least its length."""
+    values = {name: getattr(raw, name) for name, _ in raw._fields_ if name != "n_layers"}
+    values |= {name: value.decode() for name, value in values.items() if isinstance(value, bytes)}
+    # the engine's 0.4 is a 32-bit float: 0.4 rather than 0.4000000059604645
+    values["budget"] = float(str(np.float32(raw.budget)))
+    names = [name for name, _ in _native.llama_depthkv_layer._fields_]
+    values["layers"] = [LayerStats(**{name: getattr(layers[i], name) for name in names}) for i in range(raw.n_layers)]
+    return KVStats(**values)

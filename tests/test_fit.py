@@ -5,18 +5,22 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import psutil
 import pytest
 from conftest import Outcome, run_python
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_cli_errors import refused
 from tiny import write_llama, write_mamba
 
-from depthkv_edge import DepthKVError, fit
-from depthkv_edge.budget import Auto, Bytes, Fraction, Tokens, parse_size
-from depthkv_edge.fit import LOWEST_BUDGET, Need, Shape, contexts_up_to, fit_memory, free_memory, measuring
+from depthkv_edge import DepthKVError, _native, fit
+from depthkv_edge.budget import parse_budget, parse_size
+from depthkv_edge.context import Options
+from depthkv_edge.fit import contexts_up_to, fit_memory, free_memory, measuring
 
 MIB = 2**20
+LOWEST_BUDGET = 0.2  # LLAMA_DEPTHKV_AUTO_MIN
+AUTO = parse_budget("auto")
 
 
 @pytest.mark.parametrize(
@@ -40,14 +44,7 @@ def test_contexts():
     assert contexts_up_to(40) == [40]
 
 
-# the choice, as arithmetic
-
-
-def plain_need(n_ctx: int, budget: float, n_ubatch: int) -> Need:
-    """A model whose layers have a floor of 64 cells."""
-    if budget * n_ctx < 64:
-        raise DepthKVError("below the floor")
-    return Need(weights=1000, kv=int(budget * n_ctx), compute=n_ubatch, scorer=0, process=500, reserve=100)
+# the choice: what the engine chooses for one context is in native/tests/test-depth-plan.cpp
 
 
 @pytest.fixture(scope="module")
@@ -55,56 +52,35 @@ def tiny(tmp_path_factory) -> Path:
     return write_llama(tmp_path_factory.mktemp("tiny") / "m.gguf")  # trained for 512 tokens
 
 
-def chosen(tiny: Path, memory: int, n_ctx: int | None = None, budget=None, n_ubatch: int = 512) -> fit.Fit | None:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fit, "_need_of", lambda *arguments: plain_need)
-        patch.setattr(fit._Search, "_kv_bytes", lambda search, n_ctx, budget: int(0.9 * budget * n_ctx))
-        try:
-            return fit_memory(tiny, memory, n_ctx, budget, n_ubatch=n_ubatch)
-        except DepthKVError as error:
-            assert "too little memory" in str(error)
-            return None
-
-
-@given(memory=st.integers(0, 4000), n_ctx=st.sampled_from([256, 512, 1000]), n_ubatch=st.sampled_from([32, 100, 512]))
-def test_the_largest_budget_that_fits(tiny, memory, n_ctx, n_ubatch):
-    found = chosen(tiny, memory, n_ctx, n_ubatch=n_ubatch)
-    ubatches = [n_ubatch, *(n for n in (512, 256, 128, 64, 32) if n < n_ubatch)]
-    fitting = [
-        (n, i / 100)
-        for n in ubatches
-        for i in range(20, 101)
-        if i / 100 * n_ctx >= 64 and plain_need(n_ctx, i / 100, n).total <= memory
-    ]
-    if not fitting:
-        assert found is None
-        return
-    assert found is not None and found.need.total <= memory and found.n_ctx == n_ctx
-    # all of the cache before a large ubatch, and that before a larger part of the cache
-    whole = [case for case in fitting if case[1] == 1]
-    assert (found.n_ubatch, found.budget) == max(whole or fitting)
-
-
 @pytest.fixture(scope="module")
-def tiny_8192(tmp_path_factory) -> Path:
-    return write_llama(tmp_path_factory.mktemp("tiny") / "long.gguf", n_ctx=8192)
+def long(tmp_path_factory) -> Path:
+    return write_llama(tmp_path_factory.mktemp("tiny") / "long.gguf", n_ctx=8192, n_layers=12)
 
 
-@given(memory=st.integers(0, 8000))
-def test_the_largest_context_that_fits(tiny_8192, memory):
-    found = chosen(tiny_8192, memory)
-    fitting = [n for n in (512, 1024, 2048, 4096, 8192) if plain_need(n, LOWEST_BUDGET, 32).total <= memory]
-    assert (found and found.n_ctx) == (max(fitting) if fitting else None)
-    if found is not None:
-        said = dict(found.rows)["context"]
-        assert said.endswith("was trained for" if found.n_ctx == 8192 else f"that fits: {2 * found.n_ctx} would not")
+@settings(deadline=None, max_examples=20)
+@given(share=st.floats(0, 1))
+def test_the_largest_context_that_fits(long, share):
+    with measuring(long, process_bytes=0) as need_of:
+        least = {n: need_of(n, LOWEST_BUDGET, 32).total for n in (512, 1024, 2048, 4096, 8192)}
+        most = need_of(8192, 1.0, 512).total
+    memory = int(least[512] - MIB + share * (most - least[512] + 2 * MIB))
+    try:
+        found = fit_memory(long, memory, process_bytes=0)
+    except DepthKVError as error:
+        assert "too little memory" in str(error) and memory < least[512]
+        return
+    assert found.n_ctx == max(n for n, needed in least.items() if needed <= memory)
+    assert found.need.total <= memory
+    said = dict(found.rows)["context"]
+    assert said.endswith("was trained for" if found.n_ctx == 8192 else f"that fits: {2 * found.n_ctx} would not")
 
 
-@given(memory=st.integers(0, 4000), share=st.floats(0.3, 1.0))
-def test_a_given_budget_is_kept(tiny, memory, share):
-    found = chosen(tiny, memory, 512, Fraction(share))
-    assert found is None or found.budget == share
-    assert (found is None) == (plain_need(512, share, 32).total > memory)
+@pytest.mark.parametrize("share", ["0.3", "70%", "3000t", "1"])
+def test_a_given_budget_is_kept(long, share):
+    found = fit_memory(long, 2**40, 8192, parse_budget(share))
+    assert found.kv_budget == share and dict(found.rows)["budget"].endswith("as given")
+    tight = fit_memory(long, found.need.total - 1, 8192, parse_budget(share), process_bytes=found.need.process)
+    assert tight.kv_budget == share and tight.n_ubatch < found.n_ubatch and tight.need.total < found.need.total
 
 
 def test_the_least_memory_is_named(tiny):
@@ -119,42 +95,49 @@ def test_the_least_memory_is_named(tiny):
 
 
 def test_sizes_in_bytes_and_tokens(tiny):
-    assert fit_memory(tiny, 2**40, 512, Tokens(256)).budget == 0.5
-    assert fit_memory(tiny, 2**40, 512, Bytes(2 * 512 * 2 * 64)).budget == 0.5
-    assert fit_memory(tiny, 2**40, 512, Auto()).budget == 1.0
+    assert fit_memory(tiny, 2**40, 512, parse_budget("256t")).budget == 0.5
+    assert fit_memory(tiny, 2**40, 512, parse_budget("128KiB")).budget == 0.5
+    assert fit_memory(tiny, 2**40, 512, AUTO).budget == 1.0
 
 
 def test_the_budget_of_the_file_is_kept(tmp_path):
     path = write_llama(tmp_path / "m.gguf", lambda writer: writer.add_float32("depthkv.budget", 0.5))
     found = fit_memory(path, 2**40, 512)
     assert found.budget == 0.5 and dict(found.rows)["budget"].endswith("as the model file says")
-    assert fit_memory(path, 2**40, 512, Auto()).budget == 1.0, "unless another is asked for"
+    assert fit_memory(path, 2**40, 512, AUTO).budget == 1.0, "unless another is asked for"
 
 
-def test_a_context_beyond_all_memory_is_not_even_planned(tiny):
-    with pytest.raises(DepthKVError, match="K and V alone take") as caught:
-        fit_memory(tiny, 64 * MIB, 2**30)
-    assert str(2**30) in str(caught.value) and "\n" not in str(caught.value)
+def test_a_context_beyond_all_memory(tiny):
+    for n_ctx, why in (2**23, "is too little memory"), (2**30, "longer than"):
+        with pytest.raises(DepthKVError, match=why) as caught:
+            fit_memory(tiny, 64 * MIB, n_ctx)
+        assert str(n_ctx) in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_a_model_without_a_budget(tmp_path):
     path = write_mamba(tmp_path / "mamba.gguf")
     with pytest.raises(DepthKVError, match="'mamba'"):
-        fit_memory(path, 2**40, 512, Fraction(0.5))
+        fit_memory(path, 2**40, 512, parse_budget("0.5"))
 
 
 def test_free_memory_counts_what_the_process_has(monkeypatch):
-    monkeypatch.setattr(fit, "free_bytes", lambda: 1000 * MIB)
+    monkeypatch.setattr(fit._native, "llama_depthkv_memory_free", lambda: 900 * MIB)
     monkeypatch.setattr(fit, "rss_bytes", lambda: 100 * MIB)
     assert free_memory() == 1000 * MIB
+
+
+def test_free_memory_is_what_the_system_says():
+    available = psutil.virtual_memory().available
+    assert 0 < _native.llama_depthkv_memory_free() <= available
+    assert _native.llama_depthkv_memory_free() > 0.5 * available or Path("/sys/fs/cgroup/memory.max").exists()
 
 
 # the engine
 
 
 def test_what_is_planned_is_what_is_allocated(load, smollm2):
-    shape = Shape(type_k=8, type_v=8)
-    with measuring(smollm2) as need_of, measuring(smollm2, shape) as need_of_q8:
+    options = Options(type_k=8, type_v=8)
+    with measuring(smollm2) as need_of, measuring(smollm2, options) as need_of_q8:
         cases = {(b, q): (need_of_q8 if q else need_of)(1024, b, 64) for b in (1.0, 0.5) for q in (False, True)}
     for (budget, quantised), need in cases.items():
         types = {"type_k": 8, "type_v": 8} if quantised else {}
@@ -226,7 +209,7 @@ def test_auto_from_python(load, smollm2, monkeypatch):
     plenty = load(n_ctx=2048, kv_budget="auto")
     assert plenty.kv_stats().budget == 1.0
     plenty.close()
-    with measuring(smollm2, Shape(n_batch=64)) as need_of:
+    with measuring(smollm2, Options(n_batch=64)) as need_of:
         half = need_of(2048, 0.5, 64).total
     monkeypatch.setattr(fit, "free_memory", lambda: half)
     some = load(n_ctx=2048, kv_budget="auto").kv_stats()

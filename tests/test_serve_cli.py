@@ -163,9 +163,9 @@ def test_defaults(start):
 )
 def test_budgets(here, budget, expected):
     launch = here(budget=None if budget is None else parse_budget(budget))
-    share = float(value(launch.command, "--kv-budget"))
-    assert share == pytest.approx(min(1.0, expected), rel=1e-6)
-    assert launch.cache.bytes <= share * launch.cache.bytes_full
+    assert value(launch.command, "--kv-budget") == (budget or "1.0"), "the engine reads there what it has read here"
+    assert launch.cache.budget == pytest.approx(min(1.0, expected), rel=1e-6)
+    assert launch.cache.bytes <= launch.cache.budget * launch.cache.bytes_full
     assert launch.cache.bytes_full == 45 * 2**20
 
 

@@ -41,21 +41,21 @@ def document_file(text: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("tool", TOOLS)
-@pytest.mark.parametrize("value", ["0", "-0.5", "1.5", "nan", "inf", "60%", "0.4x", "half", "", " "])
+@pytest.mark.parametrize("value", ["0", "-0.5", "1.5", "nan", "inf", "60 percent", "0.4x", "half", "", " "])
 def test_bad_values(smollm2: Path, tool: str, value: str):
     done = run(tool, "-m", smollm2, "--kv-budget", value)
     assert done.returncode == 1
     assert done.stdout == ""
     assert done.stderr.count("\n") == 1
-    assert done.stderr.startswith(f"error: --kv-budget is '{value}': ") or not value
-    assert "above 0 and at most 1, such as 0.5" in done.stderr
+    assert done.stderr.startswith("error: --kv-budget: KV budget ") and value.strip() in done.stderr
+    assert 'give a fraction in (0, 1], "60%"' in done.stderr
 
 
 @pytest.mark.parametrize("tool", ["llama-server", "llama-cli", "llama-perplexity"])
 def test_bad_value_in_the_environment(smollm2: Path, tool: str):
     done = run(tool, "-m", smollm2, LLAMA_ARG_KV_BUDGET="2")
     assert done.returncode == 1
-    assert done.stderr.count("\n") == 1 and "'2'" in done.stderr
+    assert done.stderr.count("\n") == 1 and "KV budget 2 is above the full cache" in done.stderr
 
 
 @pytest.mark.parametrize("tool", TOOLS)
@@ -124,10 +124,10 @@ def bench(smollm2: Path, *arguments: Any) -> list[dict[str, Any]]:
 def test_bench(smollm2: Path):
     results = bench(smollm2, "-p", 128, "-n", 4, "-d", 256, "--kv-budget", "0.5,1")
     assert [(r["kv_budget"], r["n_prompt"], r["n_gen"]) for r in results] == [
-        (0.5, 128, 0), (0.5, 0, 4), (1, 128, 0), (1, 0, 4)
+        ("0.5", 128, 0), ("0.5", 0, 4), ("1", 128, 0), ("1", 0, 4)
     ]  # fmt: skip
     assert all(r["avg_ts"] > 0 for r in results)
-    assert [r["kv_budget"] for r in bench(smollm2, "-p", 8, "-n", 0)] == [0]  # what the model asks for
+    assert [r["kv_budget"] for r in bench(smollm2, "-p", 8, "-n", 0)] == [""]  # what the model asks for
 
 
 def test_bench_says_why_not(smollm2: Path):

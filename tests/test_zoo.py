@@ -36,10 +36,10 @@ def test_buffers_are_there_from_the_start(tmp_path):
     """The layer with the most cells is not the one with the most heads."""
     path = write_model(tmp_path / "heads.gguf", HEADS, n_layers=4)
     with load_model(path, 1) as model, open_context(model, 512, Cache(cells=(448, 96, 96))) as context:
-        before = read_stats(context, 1.0)
+        before = read_stats(context)
         for at in range(0, 512, 64):
             decode(context, [i % 100 for i in range(64)], at)
-        after = read_stats(context, 1.0)
+        after = read_stats(context)
     assert after.n_score > 0 and all(layer.evicted > 0 for layer in after.layers)
     assert after.bytes_scorer == before.bytes_scorer
 

@@ -12,8 +12,8 @@ from pathlib import Path
 
 from benchmarks.zoo.shapes import Shape
 from benchmarks.zoo.write import PROGRAMS, write_model
-from depthkv_edge import _log, _native
-from depthkv_edge.llama import load_without_weights
+from depthkv_edge.context import Options, load_without_weights, plan_context
+from depthkv_edge.errors import DepthKVError
 
 # maybe of another build, under a sanitizer
 _RUN = Path(os.environ.get("DEPTHKV_TEST_PROGRAMS", PROGRAMS)) / "depth-zoo-run"
@@ -92,13 +92,14 @@ def refused(directory: Path) -> list[tuple[str, str]]:
     subprocess.run([PROGRAMS / "test-llama-archs", "-o", f"{directory}/"], check=True, capture_output=True)
     found = set()
     for path in directory.glob("*.gguf"):
-        with _log.capture_errors(False), load_without_weights(str(path)) as model:
-            if _native.llama_depthkv_layer_count(model) >= 0:
-                continue
-        line = re.search(r"architecture '(.+?)': (.+)$", _native.last_error())
-        if line is None:
-            raise RuntimeError(f"{path.name} is refused without its architecture: {_native.last_error()}")
-        found.add((line[1], line[2]))
+        try:
+            with load_without_weights(path) as model:
+                plan_context(model, Options(n_ctx=256, budget="0.5"))
+        except DepthKVError as error:
+            line = re.search(r"architecture '(.+?)': (.+)$", str(error))
+            if line is None:
+                raise RuntimeError(f"{path.name} is refused without its architecture: {error}") from None
+            found.add((line[1], line[2]))
     return sorted(found)
 
 

@@ -112,10 +112,13 @@ class _DepthContext(_Context):
     def _bytes_full(self) -> int:
         """K and V of the full F16 cache of the same context."""
         from depthkv_edge import _native
+        from depthkv_edge.context import plan_params
 
         params = type(self._llama.context_params).from_buffer_copy(self._llama.context_params)
         params.type_k = params.type_v = self._api.GGML_TYPE_F16
-        return _native.llama_depthkv_bytes_full(self._llama.model, params)
+        depth = _native.llama_depthkv_default_params()
+        depth.budget = b"1"
+        return plan_params(self._llama.model, params, depth).kv.bytes
 
     def _evict_seconds(self) -> float:
         return self._llama.kv_stats().t_evict_us / 1e6

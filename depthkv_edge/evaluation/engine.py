@@ -14,6 +14,8 @@ import numpy as np
 
 from depthkv_edge import _log, _native
 from depthkv_edge._native import llama_cpp
+from depthkv_edge.context import AUTO, OFF, ON, Options
+from depthkv_edge.context import open_context as open_with
 from depthkv_edge.errors import DepthKVError
 
 api = llama_cpp.llama_cpp
@@ -137,49 +139,33 @@ class Cache:
         return self.budget == 1.0 and self.cells is None
 
 
-def context_params(model: Model, n_ctx: int, cache: Cache) -> Any:
-    """llama_context_params of one sequence."""
-    params = api.llama_context_default_params()
-    params.n_ctx = n_ctx
-    params.n_batch = model.n_batch
-    params.n_ubatch = min(cache.n_ubatch, model.n_batch)
-    params.n_threads = params.n_threads_batch = model.n_threads
-    params.type_k = params.type_v = KV_TYPES[cache.kv_type]
-    params.swa_full = False
+def options(model: Model, n_ctx: int, cache: Cache) -> Options:
+    """Of a context of one sequence."""
     # without flash attention the softmax is F32 and decoding on a CPU faster; a quantised V cannot do without
-    if cache.flash_attn:
-        params.flash_attn_type = api.LLAMA_FLASH_ATTN_TYPE_ENABLED
-    elif cache.kv_type == "f16":
-        params.flash_attn_type = api.LLAMA_FLASH_ATTN_TYPE_DISABLED
-    else:
-        params.flash_attn_type = api.LLAMA_FLASH_ATTN_TYPE_AUTO
-    return params
+    flash_attn = ON if cache.flash_attn else OFF if cache.kv_type == "f16" else AUTO
+    return Options(
+        n_ctx=n_ctx,
+        n_batch=model.n_batch,
+        n_ubatch=cache.n_ubatch,
+        type_k=KV_TYPES[cache.kv_type],
+        type_v=KV_TYPES[cache.kv_type],
+        flash_attn=flash_attn,
+        swa_full=False,
+        n_threads=model.n_threads,
+        budget=str(cache.budget) if cache.cells is None else None,
+        scorer=cache.scorer,
+        rule=cache.rule,
+        cells=cache.cells,
+    )
 
 
-@contextlib.contextmanager
-def open_context(model: Model, n_ctx: int, cache: Cache) -> Iterator[Any]:
+def open_context(model: Model, n_ctx: int, cache: Cache) -> contextlib.AbstractContextManager[Any]:
     """A llama_context of one sequence.
 
     Raises:
         DepthKVError: the engine refuses the cache.
     """
-    depth = _native.llama_depthkv_default_params()
-    depth.scorer = cache.scorer.encode() if cache.scorer else None
-    depth.rule = cache.rule.encode() if cache.rule else None
-    if cache.cells is None:
-        depth.budget = cache.budget
-    else:
-        depth.n_layers = len(cache.cells)
-        cells = (ctypes.c_uint32 * depth.n_layers)(*cache.cells)
-        depth.cells = ctypes.cast(cells, ctypes.POINTER(ctypes.c_uint32))
-    with _log.capture_errors(False) as lines:
-        context = _native.llama_depthkv_init_from_model(model.handle, context_params(model, n_ctx, cache), depth)
-    if not context:
-        raise DepthKVError(_native.last_error() or _log.reason(lines) or f"no context of {n_ctx} tokens can be had")
-    try:
-        yield context
-    finally:
-        api.llama_free(context)
+    return open_with(model.handle, options(model, n_ctx, cache))
 
 
 def decode(context: Any, tokens: Sequence[int], at: int, *, n_outputs: int = 0) -> np.ndarray:

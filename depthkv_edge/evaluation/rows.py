@@ -8,12 +8,11 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from depthkv_edge import _native
 from depthkv_edge.calibration import read_calibration
+from depthkv_edge.context import plan_context
 from depthkv_edge.errors import DepthKVError
-from depthkv_edge.evaluation.engine import KV_TYPES, Cache, Model, context_params, open_context
+from depthkv_edge.evaluation.engine import KV_TYPES, Cache, Model, options
 from depthkv_edge.evaluation.stream import Stream, open_stream
-from depthkv_edge.stats import read_stats
 
 METHODS = {
     "depth": "layers sized by calibrated sensitivity, the model's scorer",
@@ -152,8 +151,7 @@ def _row(model: Model, method: str, budget: float, n_ctx: int, seed: int) -> Row
 
 def layer_cells(model: Model, n_ctx: int, cache: Cache) -> tuple[int, ...]:
     """Cells that every growing layer gets."""
-    with open_context(model, n_ctx, cache) as context:
-        return tuple(layer.cells for layer in read_stats(context, cache.budget).layers)
+    return tuple(layer.cells for layer in plan_context(model.handle, options(model, n_ctx, cache)).kv.layers)
 
 
 @dataclass(frozen=True)
@@ -179,4 +177,4 @@ def kv_bytes(model: Model, row: Row, n_ctx: int) -> KVBytes:
 
 
 def _bytes_full(model: Model, n_ctx: int) -> int:
-    return _native.llama_depthkv_bytes_full(model.handle, context_params(model, n_ctx, Cache()))
+    return plan_context(model.handle, options(model, n_ctx, Cache())).kv.bytes

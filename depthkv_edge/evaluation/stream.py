@@ -114,7 +114,7 @@ class Stream:
 
     def stats(self) -> Any:
         """See `depthkv_edge.stats.KVStats`; of the allocated cache."""
-        return read_stats(self.context, 1.0)
+        return read_stats(self.context)
 
     def occupancy(self) -> Occupancy:
         stats = self.stats()

@@ -15,7 +15,7 @@ static void log_errors(enum ggml_log_level level, const char * text, void * user
 }
 
 int main(int argc, char ** argv) {
-    if (argc < 4) { fail("usage", "example MODEL FILE BUDGET [TOKENS], the budget as a fraction of the full KV cache"); }
+    if (argc < 4) { fail("usage", "example MODEL FILE BUDGET [TOKENS], the budget as 0.4, 40%, 96MiB or 4096t"); }
     if (llama_depthkv_version() != LLAMA_DEPTHKV_VERSION) { fail("libllama", "header and library are of different versions"); }
     const int32_t n_predict = argc > 4 ? atoi(argv[4]) : 32, n_pin = 16, n_batch = 512;
 
@@ -39,7 +39,7 @@ int main(int argc, char ** argv) {
     params.n_ctx   = n_prompt + n_predict;
     params.n_batch = n_batch;
     struct llama_depthkv_params depth = llama_depthkv_default_params();
-    depth.budget = (float) atof(argv[3]);
+    depth.budget = argv[3];
     struct llama_context * ctx = llama_depthkv_init_from_model(model, params, depth);
     if (!ctx) { fail("context", llama_depthkv_last_error()); }
 

@@ -160,7 +160,8 @@ LLAMA_API size_t llama_depthkv_memory_free(void);
 //
 // on a model that was loaded without weights (llama_model_params::no_alloc) they are complete, and depth.memory may be
 // given: the ubatch, and with "auto" the budget, become such that weights, cells and buffers fit it together. a context
-// with the returned n_ubatch and budget, as text, is that plan. on a model with weights there are no sizes of buffers
+// with the returned n_ubatch, and with the returned budget in place of "auto", is that plan
+// on a model with weights the sizes of buffers are 0
 //
 //  0: there is a plan
 //  1: it does not fit, the statistics are those of the least that would do

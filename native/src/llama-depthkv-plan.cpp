@@ -270,8 +270,8 @@ struct llama_depthkv_search {
 
         res = llama_depthkv_plan_cells(*model, p, d);
 
-        // not even a context: the records of its cells alone could be too much
-        if (res.total() <= memory) {
+        // not even a context if the records of its cells alone are too much
+        if (res.stats.bytes_other <= std::max<size_t>(memory, 1 << 30)) {
             res = llama_depthkv_plan_context(model, p, d);
         }
 

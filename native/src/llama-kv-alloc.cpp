@@ -135,7 +135,7 @@ std::vector<uint32_t> llama_kv_alloc(const std::string & rule_name, const llama_
         used  += (double) bytes(il)*n_floor;
     }
 
-    const double limit = (params.budget + llama_kv_alloc_eps)*total;
+    const double limit = (params.budget + params.eps)*total;
 
     if (used > limit) {
         throw std::runtime_error(format("layer capacity %u is below the floor %u: raise the budget of %g or the context of %u",

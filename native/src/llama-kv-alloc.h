@@ -18,14 +18,12 @@ struct llama_kv_curves {
     void check(uint32_t n_layers, const char * ratios_name, const char * loss_name) const;
 };
 
-// a budget that is a float, such as 0.7f, must not lose cells to rounding
-static constexpr double llama_kv_alloc_eps = 1e-7;
-
 // how a budget of KV cells is shared out over the layers: pure arithmetic, no model
 struct llama_kv_alloc_params {
     uint32_t n_layers = 0;
     uint32_t n_ctx    = 0;   // cells of a layer in the full cache
     double   budget   = 0.0; // fraction of the bytes of the full cache, in (0, 1]
+    double   eps      = 1e-7; // by which it may be exceeded: one that is a float, such as 0.7f, must not lose cells to rounding
 
     uint32_t n_floor = 1;    // least cells of a layer
     uint32_t n_align = 32;   // granularity of a layer

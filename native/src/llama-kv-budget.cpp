@@ -1,7 +1,6 @@
 #include "llama-kv-budget.h"
 
 #include "llama-impl.h"
-#include "llama-kv-alloc.h"
 
 #include <algorithm>
 #include <cctype>
@@ -134,23 +133,18 @@ llama_kv_budget llama_kv_budget::parse(const std::string & text) {
     return res;
 }
 
-// these are limits, where a fraction is a float that the allocation rounds up a little
-static double llama_kv_budget_share(double part, double whole) {
-    return part >= whole ? 1.0 : std::max(part/whole - llama_kv_alloc_eps, 1e-12);
-}
-
 double llama_kv_budget_resolve(const llama_kv_budget & budget, const llama_kv_budget_full & full) {
     switch (budget.kind) {
         case llama_kv_budget::FRACTION:
             return budget.value;
         case llama_kv_budget::TOKENS:
-            return llama_kv_budget_share(budget.value, full.n_tokens);
+            return std::min(1.0, budget.value/full.n_tokens);
         case llama_kv_budget::BYTES:
             if (budget.value <= full.bytes_fixed) {
                 throw std::runtime_error(format("a KV budget of %.0f bytes is less than the %.0f bytes of the sliding-window layers, which are never reduced: give more",
                         budget.value, (double) full.bytes_fixed));
             }
-            return llama_kv_budget_share(budget.value - full.bytes_fixed, full.bytes);
+            return std::min(1.0, (budget.value - full.bytes_fixed)/full.bytes);
         case llama_kv_budget::NONE:
         case llama_kv_budget::AUTO:
             break;

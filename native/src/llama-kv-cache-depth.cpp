@@ -69,7 +69,9 @@ llama_kv_cache_depth::llama_kv_cache_depth(
         const llama_model         & model,
         const llama_kv_depth_plan & plan,
         const llama_memory_params & params,
-        const llama_cparams       & cparams) :
+        const llama_cparams       & cparams,
+        const layer_filter_cb     & filter,
+        const layer_reuse_cb      & reuse) :
     model(model), hparams(model.hparams), cparams(cparams), plan(plan),
     score(llama_kv_score_init(plan.params.scorer)),
     n_stream(cparams.n_seq_max), v_trans(!cparams.flash_attn) {
@@ -140,8 +142,8 @@ llama_kv_cache_depth::llama_kv_cache_depth(
     }
 
     for (uint32_t il = 0; il < hparams.n_layer(); ++il) {
-        const int32_t il_reuse = llama_kv_depth_layer_reuse(model, il);
-        if (!hparams.is_swa(il) && il_reuse != (int32_t) il) {
+        const int32_t il_reuse = reuse ? reuse(il) : -1;
+        if (!hparams.is_swa(il) && il_reuse >= 0) {
             map_layer_ids[il] = map_layer_ids.at(il_reuse);
         }
     }
@@ -181,18 +183,14 @@ llama_kv_cache_depth::llama_kv_cache_depth(
     }
 
     if (hparams.is_swa_any()) {
-        const layer_filter_cb filter = [&](int32_t il) {
-            return hparams.is_swa(il) && il < (int32_t) hparams.n_layer();
-        };
-        const layer_reuse_cb reuse = [&](int32_t il) {
-            const int32_t il_reuse = llama_kv_depth_layer_reuse(model, il);
-            return il_reuse == il ? -1 : il_reuse;
+        const layer_filter_cb filter_swa = [&](int32_t il) {
+            return hparams.is_swa(il) && (!filter || filter(il));
         };
 
         // the other layers are filtered out, so its base cache has cells but no tensors
         kv_iswa = std::make_unique<llama_kv_cache_iswa>(
                 model, params.type_k, params.type_v, v_trans, cparams.offload_kqv, false, false,
-                cparams.n_ctx_seq, cparams.n_seq_max, cparams.n_ubatch, 1, nullptr, filter, reuse, nullptr);
+                cparams.n_ctx_seq, cparams.n_seq_max, cparams.n_ubatch, 1, nullptr, filter_swa, reuse, nullptr);
     }
 
     uint32_t n_cells_min = layers[0].n_cells;

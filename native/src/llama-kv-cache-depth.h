@@ -43,7 +43,9 @@ public:
             const llama_model         & model,
             const llama_kv_depth_plan & plan,
             const llama_memory_params & params,
-            const llama_cparams       & cparams);
+            const llama_cparams       & cparams,
+            const layer_filter_cb     & filter,
+            const layer_reuse_cb      & reuse);
 
     ~llama_kv_cache_depth() = default;
 

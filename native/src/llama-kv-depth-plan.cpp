@@ -21,41 +21,6 @@ std::vector<int32_t> llama_kv_depth_layers(const llama_model & model) {
         throw std::runtime_error(format("KV budget is not defined for architecture '%s': %s", model.arch_name().c_str(), why));
     };
 
-    switch (model.arch) {
-        case LLM_ARCH_MINIMAX_M3:
-        case LLM_ARCH_GLM_DSA:
-        case LLM_ARCH_DEEPSEEK32:
-        case LLM_ARCH_GLM5_NEXT:
-        case LLM_ARCH_HY_V4:
-        case LLM_ARCH_DOTS3NOTE:
-        case LLM_ARCH_DEEPSEEK4:
-            refuse("it has a sparse-attention index cache");
-            break;
-        case LLM_ARCH_GEMMA4_ASSISTANT:
-        case LLM_ARCH_EAGLE3:
-        case LLM_ARCH_DFLASH:
-            refuse("it is a draft model that reads the cache of another model");
-            break;
-        case LLM_ARCH_BERT:
-        case LLM_ARCH_JINA_BERT_V2:
-        case LLM_ARCH_JINA_BERT_V3:
-        case LLM_ARCH_NOMIC_BERT:
-        case LLM_ARCH_NOMIC_BERT_MOE:
-        case LLM_ARCH_NEO_BERT:
-        case LLM_ARCH_EUROBERT:
-        case LLM_ARCH_WAVTOKENIZER_DEC:
-        case LLM_ARCH_MODERN_BERT:
-        case LLM_ARCH_GEMMA_EMBEDDING:
-        case LLM_ARCH_DREAM:
-        case LLM_ARCH_LLADA:
-        case LLM_ARCH_LLADA_MOE:
-        case LLM_ARCH_RND1:
-            refuse("it has no KV cache");
-            break;
-        default:
-            break;
-    }
-
     if (llm_arch_is_recurrent(model.arch) || llm_arch_is_hybrid(model.arch)) {
         refuse("it has recurrent state");
     }
@@ -89,17 +54,6 @@ std::vector<int32_t> llama_kv_depth_layers(const llama_model & model) {
     }
 
     return res;
-}
-
-int32_t llama_kv_depth_layer_reuse(const llama_model & model, int32_t il) {
-    const auto & hparams = model.hparams;
-
-    // same rule as in llama_model::create_memory()
-    if ((model.arch == LLM_ARCH_GEMMA3N || model.arch == LLM_ARCH_GEMMA4) && il >= hparams.n_layer_kv_from_start) {
-        return hparams.n_layer_kv_from_start - (hparams.is_swa(il) ? 2 : 1);
-    }
-
-    return il;
 }
 
 //
@@ -346,6 +300,9 @@ llama_kv_depth_plan llama_kv_depth_plan_init(
     if (params.budget.kind != llama_kv_budget::NONE) {
         res.fraction = llama_kv_budget_resolve(params.budget, full);
     }
+    if (params.budget.kind == llama_kv_budget::BYTES || params.budget.kind == llama_kv_budget::TOKENS) {
+        aparams.eps = 1e-12; // limits are exact
+    }
     if (res.fraction >= 1.0 && !params.has_plan()) {
         return res;
     }
@@ -362,7 +319,7 @@ llama_kv_depth_plan llama_kv_depth_plan_init(
     };
 
     const auto plan_cells = [&](double fraction, uint32_t n_ubatch_max, uint32_t & n_ubatch) {
-        check_floor((uint32_t) ((fraction + llama_kv_alloc_eps)*n_cells_full)/32*32);
+        check_floor((uint32_t) ((fraction + aparams.eps)*n_cells_full)/32*32);
 
         aparams.budget = fraction;
 

@@ -56,9 +56,6 @@ llama_context * llama_init_from_model_depth(
 // throws one line that names the architecture if per-layer eviction is not defined for the model
 std::vector<int32_t> llama_kv_depth_layers(const llama_model & model);
 
-// the layer whose cache layer il reads, il itself unless the model shares caches between layers
-int32_t llama_kv_depth_layer_reuse(const llama_model & model, int32_t il);
-
 // bytes of one K or V row
 size_t llama_kv_depth_row_size_k(const llama_model & model, int32_t il, ggml_type type);
 size_t llama_kv_depth_row_size_v(const llama_model & model, int32_t il, ggml_type type);

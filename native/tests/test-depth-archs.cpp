@@ -105,19 +105,25 @@ static bool test_arch(const std::string & path) {
 
     const int n_layers = llama_depthkv_layer_count(model);
 
-    if (n_layers < 0) {
+    {
         char arch[64];
         llama_model_meta_val_str(model, "general.architecture", arch, sizeof(arch));
 
         llama_context * ctx = llama_depthkv_init_from_model(model, cparams, half);
 
-        const bool ok = !ctx && strstr(llama_depthkv_last_error(), (std::string("'") + arch + "'").c_str());
+        const bool is_named = strstr(llama_depthkv_last_error(), (std::string("'") + arch + "'").c_str());
 
-        printf("%-32s %s: %s\n", name.c_str(), ok ? "refused" : "FAIL: not refused by name", llama_depthkv_last_error());
+        if (!ctx || n_layers < 0) {
+            const bool ok = !ctx && is_named;
+
+            printf("%-32s %s: %s\n", name.c_str(), ok ? "refused" : "FAIL: not refused by name", llama_depthkv_last_error());
+
+            llama_free(ctx);
+            llama_model_free(model);
+            return ok;
+        }
 
         llama_free(ctx);
-        llama_model_free(model);
-        return ok;
     }
 
     const int n_vocab = llama_vocab_n_tokens(llama_model_get_vocab(model));

@@ -5,7 +5,8 @@
 # 1. Address and undefined behaviour, with only our own sources compiled for them, so that it is fast: native tests, `run`, the shapes
 #    of real models, orders of calls, going back, the server.
 # 2. The same with everything compiled for them, which is some 20 times slower: native tests, shapes of two models.
-# 3. Threads, everything compiled for them: contexts in two threads, the server with four clients at once, and with several slots.
+# 3. Threads, everything compiled for them, on two layers of the model: contexts in two threads, the server with four clients at once,
+#    with completions of one prompt, while it decodes.
 # Needs Linux, GCC and scripts/setup.sh --test. Exit status 77: its sanitizers cannot be had or do not work on this machine.
 set -eu
 cd "$(dirname "$0")/.."
@@ -22,7 +23,6 @@ export PATH
 reports=build/sanitize-reports
 rm -rf "$reports"
 mkdir -p "$reports"
-model=$(python -c "from depthkv_edge.models import resolve_model; print(resolve_model('smollm2'))")
 
 # Quoted, since a path may hold what separates options. Undefined behaviour ends the process as an illegal instruction that the
 # address sanitizer reports: what its own runtime prints would be seen by nobody in a test that passes.
@@ -115,10 +115,12 @@ if [ -z "$short" ]; then
     seen thread -fsanitize=thread "pthread_t t; pthread_create(&t, 0, add, v); add(v); pthread_join(t, 0); return 0;"
     # OpenMP's own synchronisation is unknown to the sanitizer; that of ggml's threads is not
     build_all build/sanitize-thread "depthkv-libraries test-thread-safety llama-server" "-fsanitize=thread $frames" -DGGML_OPENMP=OFF
+    python scripts/shallow-model.py build/sanitize-shallow.gguf 2
     # two contexts that evict, each in a thread of its own
-    step "$dir/bin/test-thread-safety" -m "$model" -p "$(head -c 700 LICENSE)" -n 8 -c 256 -ub 32 -np 1 -t 1 \
+    step "$dir/bin/test-thread-safety" -m build/sanitize-shallow.gguf -p "$(head -c 700 LICENSE)" -n 8 -c 256 -ub 32 -np 1 -t 1 \
         --override-kv depthkv.budget=float:0.5
-    step with_programs $pytest tests/test_server_native.py -k "clients or completions or decodes or leaves"
+    step with_programs env DEPTHKV_TEST_MODEL=build/sanitize-shallow.gguf $pytest tests/test_server_native.py \
+        -k "clients or completions or decodes or leaves"
 fi
 n=$(find "$reports" -type f | wc -l)
 if [ "$n" != 0 ]; then

@@ -60,7 +60,7 @@ def cli() -> Callable[..., Outcome]:
 @pytest.fixture(scope="session")
 def smollm2() -> Path:
     try:
-        return resolve_model("smollm2")
+        return resolve_model(os.environ.get("DEPTHKV_TEST_MODEL", "smollm2"))  # scripts/sanitize.sh has a smaller one
     except DepthKVError as error:
         pytest.fail(str(error))
 

@@ -119,20 +119,27 @@ static double nmse(const std::vector<float> & a, const std::vector<float> & b) {
     return err/ref;
 }
 
-// how far the next token is off after the sequence went through a buffer
-static double restore(llama_context * src, llama_context * dst, llama_token token) {
+// whether a sequence goes on in the same way after it went through a buffer
+static bool restore(llama_context * src, llama_context * dst, llama_token token) {
     std::vector<uint8_t> state(llama_state_seq_get_size(src, 0));
 
-    if (llama_state_seq_get_data(src, state.data(), state.size(), 0) != state.size() ||
-        llama_state_seq_set_data(dst, state.data(), state.size(), 0) != state.size()) {
-        return INFINITY;
+    if (llama_state_seq_get_data(src, state.data(), state.size(), 0) != state.size()) {
+        return false;
     }
 
-    if (!decode(src, &token, 1) || !decode(dst, &token, 1)) {
-        return INFINITY;
-    }
+    const auto next = [&](llama_context * ctx, bool set) {
+        if (set && llama_state_seq_set_data(ctx, state.data(), state.size(), 0) != state.size()) {
+            return std::vector<float>();
+        }
+        return decode(ctx, &token, 1) ? get_logits(ctx) : std::vector<float>();
+    };
 
-    return nmse(get_logits(src), get_logits(dst));
+    const auto live  = next(src, false);
+    const auto again = next(src, true);
+    const auto other = next(dst, true);
+
+    // windows come back in other rows, and the order of additions may then tip a rounding of some value
+    return !live.empty() && !again.empty() && !other.empty() && nmse(live, again) < 1e-2 && nmse(again, other) < 1e-10;
 }
 
 struct test_contexts {
@@ -234,17 +241,8 @@ static const char * test(llama_model * model, llama_context_params cparams, bool
         }
     }
 
-    // windows come back in other rows. with coarse K the order of additions then makes a difference, to the stock cache too
-    const double err_restore = restore(ctx.half, ctx.other, tokens[1]);
-    if (!(err_restore < 1e-10)) {
-        cparams.n_ubatch = llama_n_ubatch(ctx.full);
-
-        llama_free(ctx.other);
-        ctx.other = llama_init_from_model(model, cparams);
-
-        if (!ctx.other || !(err_restore < 10.0*restore(ctx.stock, ctx.other, tokens[1]))) {
-            return "save and restore failed";
-        }
+    if (!restore(ctx.half, ctx.other, tokens[1])) {
+        return "save and restore failed";
     }
 
     return nullptr;

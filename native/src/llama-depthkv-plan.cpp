@@ -350,7 +350,7 @@ struct llama_depthkv_search {
             }
         }
 
-        GGML_ABORT("the least that fits does not fit");
+        return least_fits();
     }
 };
 

@@ -24,7 +24,7 @@ def refused(outcome: Outcome) -> str:
         ("0", ["budget 0", "(0, 1]"]),
         ("-0.5", ["budget -0.5", "(0, 1]"]),
         ("1.5", ["budget 1.5", "(0, 1]"]),
-        ("NaN", ["budget NaN", "(0, 1]"]),
+        ("NaN", ["budget 'NaN'", "(0, 1]"]),
         ("abc", ["'abc'", "60%"]),
         ("1KiB", ["floor", "--kv-budget", "--ubatch"]),
     ],

@@ -131,7 +131,7 @@ def test_started(start, smollm2, free_port):
     outcome = start("--kv-budget", "30%", "-c", 4096, "--parallel", 4, "--", "--threads-http", "3")
     argv = started(outcome)
     assert value(argv, "--model") == str(smollm2)
-    assert value(argv, "--kv-budget") == "0.3" and value(argv, "--ctx-size") == "4096"
+    assert value(argv, "--kv-budget") == "30%" and value(argv, "--ctx-size") == "4096"
     assert value(argv, "--parallel") == "4" and "--kv-unified" in argv
     assert value(argv, "--host") == "127.0.0.1" and value(argv, "--port") == str(free_port)
     assert (Path(value(argv, "--path")) / "index.html").is_file()

@@ -171,10 +171,7 @@ class Calls(RuleBasedStateMachine):
         if not fits:
             return
         self.expect_decode(parts)
-        # the stock cache goes back to where its windows are not whole any more
-        whole = [
-            api.llama_memory_seq_pos_min(self.memories[1], s) <= max(self.first(s), p - N_SWA) for s, p, _ in placed
-        ]
+        whole = [self.stock_is_whole(seq, begin) for seq, begin, _ in placed]
         assert decode(self.stock, placed) == 0
         at = -1
         for (seq, _, tokens), is_whole in zip(placed, whole, strict=True):
@@ -184,6 +181,11 @@ class Calls(RuleBasedStateMachine):
                 ours, theirs = (logits(each, at).astype(np.float64) for each in (self.context, self.stock))
                 # keys are rotated in half precision, over and over
                 assert np.sum((ours - theirs) ** 2) <= 5e-3 * np.sum(theirs**2), "not what stock llama.cpp says"
+
+    def stock_is_whole(self, seq: int, end: int) -> bool:
+        """The stock cache goes back to where its windows are not whole any more, or empty."""
+        begin = api.llama_memory_seq_pos_min(self.memories[1], seq)
+        return end == self.first(seq) or 0 <= begin <= max(self.first(seq), end - N_SWA)
 
     def first(self, seq: int) -> int:
         return min((p for p, _ in self.sequences[seq].tokens), default=self.sequences[seq].end)

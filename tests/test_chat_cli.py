@@ -196,7 +196,7 @@ def test_a_line_that_is_no_text_does_not_end_a_chat(monkeypatch, capsys):
         (["--threads", "0"], ["--threads 0"]),
         (["--kv-budget", "2"], ["budget 2"]),
         (["--memory", "many"], ["'many'", "512MiB"]),
-        (["--memory", "0MiB"], ["less than one byte"]),
+        (["--memory", "0MiB"], ["memory '0MiB'"]),
         (["--type-k", "q3"], ["q3", "q8_0"]),
         (["--system", "caf\udce9"], ["--system 'caf\\udce9'", "not UTF-8"]),  # the byte e9
     ],

@@ -171,7 +171,6 @@ def open_context(model: Any, options: Options) -> Iterator[Any]:
         DepthKVError: the engine refuses it.
     """
     depth, _keep = _depth_params(options)
-    _native.clear_error()
     with _log.capture_errors(False) as lines:
         context = _native.llama_depthkv_init_from_model(model, _context_params(options), depth)
     if not context:

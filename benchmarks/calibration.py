@@ -21,14 +21,15 @@ import click
 import numpy as np
 from scipy.stats import spearmanr
 
-from calibrate.load import find_source
-from calibrate.run import Settings, read_corpus
-from depthkv_edge.calibration import Calibration, read_calibration
-from depthkv_edge.evaluation.engine import Cache, load_model
-from depthkv_edge.evaluation.f32 import write_f32
-from depthkv_edge.evaluation.language import run_window
-from depthkv_edge.evaluation.rows import FULL, Row
-from depthkv_edge.progress import progress
+from depthkv_edge.calibrate.calibrate import read_corpus
+from depthkv_edge.calibrate.calibrate_settings import CalibrateSettings
+from depthkv_edge.calibrate.load import find_source
+from depthkv_edge.measure.progress import progress
+from depthkv_edge.modelfile.keys import Calibration, read_calibration
+from depthkv_edge.quality.f32 import write_f32
+from depthkv_edge.quality.language import run_window
+from depthkv_edge.quality.model import Cache, load_model
+from depthkv_edge.quality.rows import FULL, Row
 
 ABLATION_RATIO = 0.2
 
@@ -145,7 +146,7 @@ def main(
         if not f32.exists() or f32.stat().st_mtime < files["exact"].stat().st_mtime:
             f32.unlink(missing_ok=True)
             write_f32(files["exact"], f32)
-        settings = Settings(model=model, gguf=None, output=files["exact"])
+        settings = CalibrateSettings(model=model, gguf=None, output=files["exact"])
         read = read_corpus(settings, find_source(model)).windows[:ablation_windows]
         yield ablation(
             f32,

@@ -23,11 +23,12 @@ import click
 import psutil
 
 from depthkv_edge import DepthKVError, Llama
-from depthkv_edge._native import llama_cpp
-from depthkv_edge.budget import parse_budget
-from depthkv_edge.conversation import Conversation, load_with_room
+from depthkv_edge.chat.conversation import Conversation
+from depthkv_edge.chat.room import load_with_room
+from depthkv_edge.engine.budget import parse_budget
+from depthkv_edge.engine.capi import llama_cpp
 from depthkv_edge.memory import peak_rss_bytes, rss_bytes
-from depthkv_edge.models import resolve_model
+from depthkv_edge.modelfile.packaged import resolve_model
 
 PASSWORD = "4711"
 SYSTEM = f"You are a helpful assistant. The password of the lighthouse is {PASSWORD}."

@@ -20,14 +20,14 @@ from typing import Any
 import click
 import numpy as np
 
-from depthkv_edge import _native
+from depthkv_edge.engine import capi
 from depthkv_edge.errors import DepthKVError
-from depthkv_edge.evaluation.engine import Cache, Model, api, decode, load_model, log_softmax, open_context
-from depthkv_edge.evaluation.metrics.interval import interval
-from depthkv_edge.evaluation.texts import default_texts, read_texts, windows
-from depthkv_edge.facts import engine_facts, machine_facts
-from depthkv_edge.models import resolve_model
-from depthkv_edge.progress import progress
+from depthkv_edge.measure.facts import engine_facts, machine_facts
+from depthkv_edge.measure.progress import progress
+from depthkv_edge.modelfile.packaged import resolve_model
+from depthkv_edge.quality.metrics.interval import interval
+from depthkv_edge.quality.model import Cache, Model, api, decode, load_model, log_softmax, open_context
+from depthkv_edge.quality.texts import default_texts, read_texts, windows
 
 SHARES = (0.01, 0.1, 0.25, 0.5, 0.75, 0.9)  # edges of the table's rows
 STEP = 128  # a scoring pass spans as many tokens: whether a batch ends at a multiple of it makes no difference
@@ -107,8 +107,8 @@ def evaluated_to(context: Any, model: Model, tokens: Sequence[int], ends: Sequen
 
 def go_back(context: Any, model: Model, tokens: Sequence[int], at: int) -> int:
     """Take back what comes after the first `at` tokens; returns how many of those had to be computed again."""
-    left = _native.llama_depthkv_seq_rollback(context, 0, at)
-    assert left >= 0, _native.last_error()
+    left = capi.llama_depthkv_seq_rollback(context, 0, at)
+    assert left >= 0, capi.last_error()
     feed(context, model, tokens, left, at)
     return at - left
 

@@ -27,9 +27,9 @@ from typing import Any
 import click
 import psutil
 
-from depthkv_edge._library import library_dir
+from depthkv_edge.engine.library import library_dir
 from depthkv_edge.errors import DepthKVError
-from depthkv_edge.models import resolve_model
+from depthkv_edge.modelfile.packaged import resolve_model
 
 ROOT = Path(__file__).parents[1]
 N_DECODE = 128  # tokens of a speed measurement

@@ -11,15 +11,15 @@ from pathlib import Path
 
 import click
 
-from depthkv_edge._library import holds_libllama, library_dir
-from depthkv_edge.bench.pairs import compare_builds, pair_cost
-from depthkv_edge.bench.process import Configuration, Worker
-from depthkv_edge.bench.run import check_baseline
-from depthkv_edge.bench.settings import Settings, Sizes
-from depthkv_edge.bench.text import prompt_text
+from depthkv_edge.engine.library import holds_libllama, library_dir
 from depthkv_edge.errors import DepthKVError
-from depthkv_edge.models import resolve_model
-from depthkv_edge.progress import progress
+from depthkv_edge.measure.progress import progress
+from depthkv_edge.modelfile.packaged import resolve_model
+from depthkv_edge.speed.bench_settings import BenchSettings, Sizes
+from depthkv_edge.speed.pairs import compare_builds, pair_cost
+from depthkv_edge.speed.process import Configuration, Worker
+from depthkv_edge.speed.rounds import check_baseline
+from depthkv_edge.speed.text import prompt_text
 
 
 def wheel_libraries(environment: Path) -> Path:
@@ -50,7 +50,7 @@ def main(model: str, wheel: Path, native: Path | None, pairs: int, threads: int,
         here = Configuration("native", library=check_baseline(native) if native else library_dir())
         there = Configuration("wheel", library=wheel_libraries(wheel))
         sizes = replace(Sizes(), pairs=pairs, pair_turns=6, pair_prefill=64, pair_decode=64)
-        settings = Settings(n_ctx=2048, n_threads=threads, repetitions=1, sizes=sizes)
+        settings = BenchSettings(n_ctx=2048, n_threads=threads, repetitions=1, sizes=sizes)
         with Worker(here, path, settings) as worker:
             tokens = worker.tokenize(prompt_text(None), settings.n_ctx)
         with progress("bench", pair_cost(settings)) as advance:

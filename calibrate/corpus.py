@@ -22,7 +22,7 @@ _CHARACTERS_PER_TOKEN = 64
 
 
 @dataclass(frozen=True)
-class Text:
+class CorpusText:
     """A text of one kind."""
 
     name: str
@@ -58,7 +58,7 @@ class Corpus:
     held_out: tuple[WindowTokens, ...]
 
 
-def default_texts(seed: int, n_characters: int) -> list[Text]:
+def default_texts(seed: int, n_characters: int) -> list[CorpusText]:
     """The documentation of Python's language and the source of its standard library: two kinds, no network.
 
     The order is a function of seed and Python version.
@@ -72,18 +72,18 @@ def default_texts(seed: int, n_characters: int) -> list[Text]:
         if sum(map(len, code)) < n_characters:
             code.append(path.read_text(encoding="utf-8", errors="replace"))
     return [
-        Text("documentation", "\n\n".join(topics[name] for name in names)[:n_characters]),
-        Text("source", "\n\n".join(code)[:n_characters]),
+        CorpusText("documentation", "\n\n".join(topics[name] for name in names)[:n_characters]),
+        CorpusText("source", "\n\n".join(code)[:n_characters]),
     ]
 
 
-def read_texts(names: Sequence[str], n_characters: int) -> list[Text]:
+def read_texts(names: Sequence[str], n_characters: int) -> list[CorpusText]:
     """The first characters of text files, JSON-lines files (field `text` or `content`) or data sets, one text each.
 
     Raises:
         DepthKVError: missing, unreadable, not UTF-8, or without a text field.
     """
-    return [Text(printable(Path(name).name), _read(name, n_characters)) for name in names]
+    return [CorpusText(printable(Path(name).name), _read(name, n_characters)) for name in names]
 
 
 def printable(text: str) -> str:

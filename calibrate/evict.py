@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from calibrate.scorer import Attention, Cells, Scorer
+from depthkv_edge.calibrate.scorer import Attention, Cells, Scorer
 
 N_QUERY = 32  # sampled queries that are kept
 N_QUERY_SPAN_PP = 128  # tokens that they cover, of a prompt

@@ -6,7 +6,7 @@ window runs with what it then holds.
 
 from __future__ import annotations
 
-from calibrate.window import Window
+from depthkv_edge.calibrate.window import Window
 
 
 def measure_layer(window: Window, layer: int) -> list[float]:

@@ -21,9 +21,9 @@ from dataclasses import replace
 
 import torch
 
-from calibrate.attention import AttentionCall, attend, observe
-from calibrate.target import Target
-from calibrate.window import Prefilled, chunks, copy_cache
+from depthkv_edge.calibrate.attention import AttentionCall, attend, observe
+from depthkv_edge.calibrate.target import Target
+from depthkv_edge.calibrate.window import Prefilled, chunks, copy_cache
 
 
 def measure_window(

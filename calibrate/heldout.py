@@ -11,12 +11,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from calibrate.corpus import WindowTokens
-from calibrate.evict import N_ALIGN, N_CELLS_MIN
-from calibrate.scorer import Scorer
-from calibrate.target import Target
-from calibrate.window import Plan, prefill, run_tail
-from depthkv_edge.calibration import CHECK_BUDGET
+from depthkv_edge.calibrate.corpus import WindowTokens
+from depthkv_edge.calibrate.evict import N_ALIGN, N_CELLS_MIN
+from depthkv_edge.calibrate.scorer import Scorer
+from depthkv_edge.calibrate.target import Target
+from depthkv_edge.calibrate.window import LayerCells, prefill, run_tail
+from depthkv_edge.modelfile.keys import CHECK_BUDGET
 
 UNIFORM = "uniform"
 DEFAULT_RULE = "optimal"
@@ -42,7 +42,7 @@ class HeldOut:
         return DEFAULT_RULE if self.gain > 1 else UNIFORM
 
 
-def allocate(rule: str, n_tokens: int, keep_ratios: Sequence[float], sensitivity: np.ndarray) -> Plan:
+def allocate(rule: str, n_tokens: int, keep_ratios: Sequence[float], sensitivity: np.ndarray) -> LayerCells:
     """Cells of every layer at `CHECK_BUDGET`, by the engine's own allocator.
 
     Args:
@@ -53,12 +53,12 @@ def allocate(rule: str, n_tokens: int, keep_ratios: Sequence[float], sensitivity
     Raises:
         DepthKVError: the budget is below the floor of the layers.
     """
-    from depthkv_edge import _native  # loads the engine's library, which nothing else here needs
+    from depthkv_edge.engine import capi  # loads the engine's library, which nothing else here needs
 
     n_layers = len(sensitivity)
     curves = {} if rule == UNIFORM else {"keep_ratios": keep_ratios, "sensitivity": sensitivity}
-    cells = _native.alloc(CHECK_BUDGET, n_layers, n_tokens, rule=rule, n_floor=N_CELLS_MIN, n_align=N_ALIGN, **curves)
-    return Plan(tuple(cells))
+    cells = capi.alloc(CHECK_BUDGET, n_layers, n_tokens, rule=rule, n_floor=N_CELLS_MIN, n_align=N_ALIGN, **curves)
+    return LayerCells(tuple(cells))
 
 
 def check(
@@ -66,8 +66,8 @@ def check(
     windows: Sequence[WindowTokens],
     n_tail: int,
     scorer: Scorer,
-    uniform: Plan,
-    calibrated: Plan,
+    uniform: LayerCells,
+    calibrated: LayerCells,
     on_step: Callable[[int], None] = lambda n: None,
 ) -> HeldOut:
     """Run both plans on every held-out window.

@@ -26,7 +26,7 @@ from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 
 from depthkv_edge.errors import DepthKVError
-from depthkv_edge.models import PACKAGED, check_gguf, resolve_model
+from depthkv_edge.modelfile.packaged import PACKAGED, check_gguf, resolve_model
 
 _WITH_HEAD = ("CausalLM", "ConditionalGeneration", "LMHead")
 

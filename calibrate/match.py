@@ -12,7 +12,7 @@ from gguf.gguf_reader import ReaderTensor
 from gguf.quants import dequantize
 
 from depthkv_edge.errors import DepthKVError
-from depthkv_edge.gguf_file import block_count, open_gguf, scalar
+from depthkv_edge.modelfile.reader import block_count, open_gguf, scalar
 
 if TYPE_CHECKING:
     import torch

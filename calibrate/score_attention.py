@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from calibrate.scorer import Attention, Cells, Scorer
+from depthkv_edge.calibrate.scorer import Attention, Cells, Scorer
 
 N_HALF_LIFE = 256.0  # tokens after which an observation counts half
 

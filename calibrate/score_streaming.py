@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from calibrate.scorer import Cells, Scorer, accumulate_nothing
+from depthkv_edge.calibrate.scorer import Cells, Scorer, accumulate_nothing
 
 
 def _score(cells: Cells) -> np.ndarray:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from calibrate.scorer import Attention, Cells, Scorer
+from depthkv_edge.calibrate.scorer import Attention, Cells, Scorer
 
 N_POOL = 3  # neighbours on each side that an important token keeps with it
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from calibrate.score_attention import ATTENTION
-from calibrate.score_random import RANDOM
-from calibrate.score_streaming import STREAMING
-from calibrate.score_window import WINDOW
-from calibrate.scorer import Scorer
+from depthkv_edge.calibrate.score_attention import ATTENTION
+from depthkv_edge.calibrate.score_random import RANDOM
+from depthkv_edge.calibrate.score_streaming import STREAMING
+from depthkv_edge.calibrate.score_window import WINDOW
+from depthkv_edge.calibrate.scorer import Scorer
 from depthkv_edge.errors import DepthKVError
 
 SCORERS = {scorer.name: scorer for scorer in (ATTENTION, WINDOW, STREAMING, RANDOM)}

@@ -14,7 +14,7 @@ from depthkv_edge.errors import DepthKVError
 _SUFFIX = ".calibration"
 
 
-class State:
+class SavedState:
     """Measurements of one process, saved after each of them.
 
     Every process of a calibration writes a file of its own, and reads those of all: the number of processes may change

@@ -13,7 +13,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.modeling_outputs import MoeModelOutputWithPast
 
-from calibrate.attention import NAME, AttentionCall, attend, observe
+from depthkv_edge.calibrate.attention import NAME, AttentionCall, attend, observe
 from depthkv_edge.errors import DepthKVError
 
 _PROBE_TOKENS = 24

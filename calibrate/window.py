@@ -12,18 +12,18 @@ import torch
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from calibrate.attention import AttentionCall, attend, attention_weights, observe
-from calibrate.evict import Held, n_ubatch, sampled_queries, simulate
-from calibrate.kl import mean_divergence
-from calibrate.scorer import Scorer
-from calibrate.target import Target, layer_inputs
+from depthkv_edge.calibrate.attention import AttentionCall, attend, attention_weights, observe
+from depthkv_edge.calibrate.divergence import mean_divergence
+from depthkv_edge.calibrate.evict import Held, n_ubatch, sampled_queries, simulate
+from depthkv_edge.calibrate.scorer import Scorer
+from depthkv_edge.calibrate.target import Target, layer_inputs
 
 _PREFILL_CHUNK = 512  # tokens of one forward pass: bounds the activations
 _HEAD_CHUNK = 128  # rows of logits that exist at once
 
 
 @dataclass(frozen=True)
-class Plan:
+class LayerCells:
     """Cells of every growing layer. `n_ubatch` follows from the smallest."""
 
     cells: tuple[int, ...]
@@ -51,7 +51,7 @@ class Prefilled:
     n_past: int
     cache: DynamicCache
     scorer: Scorer
-    plans: Sequence[Plan]
+    plans: Sequence[LayerCells]
     samples: _QuerySamples
 
     @property
@@ -170,7 +170,7 @@ def prefill(
     tokens: Sequence[int],
     n_tail: int,
     scorer: Scorer,
-    plans: Sequence[Plan],
+    plans: Sequence[LayerCells],
     on_prefill: Callable[[int], None] = lambda n: None,
 ) -> Prefilled:
     """Run a window up to its tail.
@@ -214,7 +214,7 @@ def run_tail(prefilled: Prefilled) -> Window:
 class _QuerySamples:
     """The queries that some plan samples, kept from prefill: a few of all, so that memory stays small."""
 
-    def __init__(self, scorer: Scorer, n_tokens: int, plans: Sequence[Plan]):
+    def __init__(self, scorer: Scorer, n_tokens: int, plans: Sequence[LayerCells]):
         wanted = np.zeros(n_tokens, bool)
         if scorer.needs_attn:
             for ubatch in {plan.n_ubatch for plan in plans}:

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 from depthkv_edge.errors import DepthKVError
 
 if TYPE_CHECKING:
-    from depthkv_edge._library import cmake_dir, include_dir, library_dir
+    from depthkv_edge.engine.library import cmake_dir, include_dir, library_dir
+    from depthkv_edge.engine.stats import KVStats, LayerStats
     from depthkv_edge.llama import Llama
-    from depthkv_edge.stats import KVStats, LayerStats
 
 __all__ = ["DepthKVError", "KVStats", "LayerStats", "Llama", "__version__", "cmake_dir", "include_dir", "library_dir"]
 
@@ -21,11 +21,11 @@ except metadata.PackageNotFoundError:  # a source tree on the path, not installe
 
 _LAZY = {
     "Llama": "depthkv_edge.llama",
-    "KVStats": "depthkv_edge.stats",
-    "LayerStats": "depthkv_edge.stats",
-    "cmake_dir": "depthkv_edge._library",
-    "include_dir": "depthkv_edge._library",
-    "library_dir": "depthkv_edge._library",
+    "KVStats": "depthkv_edge.engine.stats",
+    "LayerStats": "depthkv_edge.engine.stats",
+    "cmake_dir": "depthkv_edge.engine.library",
+    "include_dir": "depthkv_edge.engine.library",
+    "library_dir": "depthkv_edge.engine.library",
 }
 
 

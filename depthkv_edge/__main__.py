@@ -1,6 +1,6 @@
 """`python -m depthkv_edge` is `depthkv-edge`."""
 
-from depthkv_edge.cli import main
+from depthkv_edge.cli.main import main
 
 if __name__ == "__main__":
     main()

@@ -12,14 +12,14 @@ from typing import Any, NoReturn
 import numpy as np
 import psutil
 
-from depthkv_edge import _log, _native
-from depthkv_edge._native import llama_cpp
-from depthkv_edge.budget import Budget, parse_budget
 from depthkv_edge.checks import MAX_THREADS, check_number, check_threads
-from depthkv_edge.context import KEY_BUDGET, Options, default_flash_attn, flash_attn_type, plan_params
+from depthkv_edge.engine import capi, log
+from depthkv_edge.engine.budget import Budget, parse_budget
+from depthkv_edge.engine.capi import llama_cpp
+from depthkv_edge.engine.context import KEY_BUDGET, Options, default_flash_attn, flash_attn_type, plan_params
+from depthkv_edge.engine.stats import KVStats, read_stats
 from depthkv_edge.errors import DepthKVError
-from depthkv_edge.models import check_gguf, resolve_model
-from depthkv_edge.stats import KVStats, read_stats
+from depthkv_edge.modelfile.packaged import check_gguf, resolve_model
 from depthkv_edge.units import mib
 
 _api = llama_cpp.llama_cpp
@@ -91,8 +91,8 @@ class Llama(llama_cpp.Llama):
         if budget is not None and budget.is_auto:
             budget, kwargs["n_ubatch"] = _fit_free_memory(Path(model_path), budget, kwargs, flash_attn, scorer, rule)
             kwargs.setdefault("use_mmap", False)  # see fit.py
-        _native.clear_error()
-        with _log.capture_errors(verbose) as lines:
+        capi.clear_error()
+        with log.capture_errors(verbose) as lines:
             try:
                 overrides = dict(kv_overrides or {})
                 text = None if budget is None else budget.text
@@ -108,7 +108,7 @@ class Llama(llama_cpp.Llama):
             except DepthKVError:
                 raise
             except (ValueError, RuntimeError) as error:
-                reason = _native.last_error() or _log.reason(lines) or str(error)
+                reason = capi.last_error() or log.reason(lines) or str(error)
                 raise DepthKVError(f"{model_path}: {reason}") from error
             except MemoryError as error:  # the buffers of the base class
                 raise DepthKVError(
@@ -135,7 +135,7 @@ class Llama(llama_cpp.Llama):
             return
         params = self.context_params
         try:
-            plan = plan_params(model.model, params, _native.llama_depthkv_default_params())
+            plan = plan_params(model.model, params, capi.llama_depthkv_default_params())
         except DepthKVError as error:
             raise DepthKVError(f"{self.model_path}: {error}") from None
         if self._flash_attn is None:
@@ -169,11 +169,11 @@ class Llama(llama_cpp.Llama):
         """
         n = self.n_ctx()
         positions = (_api.llama_pos * n)()
-        held = _native.llama_depthkv_get_positions(
+        held = capi.llama_depthkv_get_positions(
             self.ctx, check_number("layer", layer), self._check_sequence(seq_id), positions, n
         )
         if held < 0:
-            raise DepthKVError(_native.last_error() or f"KV layer {layer} does not exist")
+            raise DepthKVError(capi.last_error() or f"KV layer {layer} does not exist")
         return list(positions[: min(held, n)])
 
     def pin(self, p0: int, p1: int, seq_id: int = 0) -> None:
@@ -184,9 +184,9 @@ class Llama(llama_cpp.Llama):
                 sequence does not exist, or the model has been closed.
         """
         begin, end = (check_number(name, p, -1) for name, p in (("p0", p0), ("p1", p1)))
-        if not _native.llama_depthkv_pin(self.ctx, self._check_sequence(seq_id), begin, end):
+        if not capi.llama_depthkv_pin(self.ctx, self._check_sequence(seq_id), begin, end):
             raise DepthKVError(
-                _native.last_error() or f"positions {p0} to {p1} cannot be pinned: give a larger KV budget"
+                capi.last_error() or f"positions {p0} to {p1} cannot be pinned: give a larger KV budget"
             )
 
     def unpin(self, seq_id: int = 0) -> None:
@@ -195,7 +195,7 @@ class Llama(llama_cpp.Llama):
         Raises:
             DepthKVError: there is no such sequence, or the model has been closed.
         """
-        _native.llama_depthkv_unpin(self.ctx, self._check_sequence(seq_id))
+        capi.llama_depthkv_unpin(self.ctx, self._check_sequence(seq_id))
 
     def rollback(self, n_tokens: int) -> int:
         """Go back to the first `n_tokens` tokens of the context, or as little further as the KV cache can.
@@ -237,9 +237,9 @@ class Llama(llama_cpp.Llama):
         yield from super().generate(tokens, *args, **kwargs)
 
     def _go_back(self, n_tokens: int) -> int:
-        left = _native.llama_depthkv_seq_rollback(self.ctx, 0, n_tokens)
+        left = capi.llama_depthkv_seq_rollback(self.ctx, 0, n_tokens)
         if left < 0:
-            raise DepthKVError(_native.last_error() or f"the context cannot go back to {n_tokens} tokens")
+            raise DepthKVError(capi.last_error() or f"the context cannot go back to {n_tokens} tokens")
         return left
 
     def close(self) -> None:
@@ -279,10 +279,10 @@ def _threads(kwargs: Mapping[str, Any]) -> dict[str, int]:
 
 
 def _check_options(scorer: str | None, rule: str | None, n_sink: int | None, n_recent: int | None, n_ctx: int) -> None:
-    if scorer is not None and scorer not in _native.SCORERS:
-        raise DepthKVError(f"scorer {scorer!r} is not known: give one of {', '.join(_native.SCORERS)}")
-    if rule is not None and rule not in _native.RULES:
-        raise DepthKVError(f"allocation rule {rule!r} is not known: give one of {', '.join(_native.RULES)}")
+    if scorer is not None and scorer not in capi.SCORERS:
+        raise DepthKVError(f"scorer {scorer!r} is not known: give one of {', '.join(capi.SCORERS)}")
+    if rule is not None and rule not in capi.RULES:
+        raise DepthKVError(f"allocation rule {rule!r} is not known: give one of {', '.join(capi.RULES)}")
     for name, value in (("n_sink", n_sink), ("n_recent", n_recent)):
         if value is not None:
             check_number(name, value)
@@ -293,8 +293,8 @@ def _fit_free_memory(
     path: Path, auto: Budget, kwargs: Mapping[str, Any], flash_attn: bool | None, scorer: str | None, rule: str | None
 ) -> tuple[Budget, int]:
     """Budget and ubatch for the context that was asked for."""
-    from depthkv_edge.facts import trained_ctx
-    from depthkv_edge.fit import fit_memory, free_memory  # what most uses of the package do without
+    from depthkv_edge.measure.facts import trained_ctx
+    from depthkv_edge.sizing.fit import fit_memory, free_memory  # what most uses of the package do without
 
     n_batch = kwargs.get("n_batch", 512)
     options = Options(

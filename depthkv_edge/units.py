@@ -1,4 +1,4 @@
-"""Bytes as a terminal shows them; evaluation/units.py sets them for a page."""
+"""Bytes as a terminal shows them; quality/typeset.py sets them for a page."""
 
 from __future__ import annotations
 

@@ -105,12 +105,12 @@ native_tests
 if [ -z "$short" ]; then
     step with_asan python -m depthkv_edge run smollm2 --kv-budget 0.4 -c 3072 -n 64 --threads 2 --json \
         -f native/include/llama-depthkv.h -p "What is this?"
-    step with_asan $pytest tests/test_cache_states.py tests/test_rollback.py tests/test_engine.py tests/test_zoo.py
-    step with_programs $pytest tests/test_server_native.py
+    step with_asan $pytest tests/engine/test_cache_states.py tests/engine/test_rollback.py tests/engine/test_engine.py tests/native/test_zoo.py
+    step with_programs $pytest tests/server/test_server_native.py
 
     build_all build/sanitize-address "depthkv-libraries depthkv-native-tests" "$undefined $frames"
     native_tests
-    step with_asan $pytest tests/test_zoo.py -k "gpt-oss or Gemma-4-E2B"
+    step with_asan $pytest tests/native/test_zoo.py -k "gpt-oss or Gemma-4-E2B"
 
     seen thread -fsanitize=thread "pthread_t t; pthread_create(&t, 0, add, v); add(v); pthread_join(t, 0); return 0;"
     # OpenMP's own synchronisation is unknown to the sanitizer; that of ggml's threads is not
@@ -119,7 +119,7 @@ if [ -z "$short" ]; then
     # two contexts that evict, each in a thread of its own
     step "$dir/bin/test-thread-safety" -m build/sanitize-shallow.gguf -p "$(head -c 700 LICENSE)" -n 8 -c 256 -ub 32 -np 1 -t 1 \
         --override-kv depthkv.budget=float:0.5
-    step with_programs env DEPTHKV_TEST_MODEL=build/sanitize-shallow.gguf $pytest tests/test_server_native.py \
+    step with_programs env DEPTHKV_TEST_MODEL=build/sanitize-shallow.gguf $pytest tests/server/test_server_native.py \
         -k "clients or completions or decodes or leaves"
 fi
 n=$(find "$reports" -type f | wc -l)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from gguf import GGUFReader, GGUFValueType, GGUFWriter
 
-from depthkv_edge.models import resolve_model
+from depthkv_edge.modelfile.packaged import resolve_model
 
 
 def write(path: Path, n_layers: int) -> None:

@@ -36,7 +36,7 @@ done
 step scripts/check-wheel.sh
 step scripts/cross-aarch64.sh
 step scripts/sanitize.sh
-step env DEPTHKV_SEQUENCES=10000 OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q -n auto --maxprocesses=4 tests/test_cache_states.py
+step env DEPTHKV_SEQUENCES=10000 OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q -n auto --maxprocesses=4 tests/engine/test_cache_states.py
 step .venv/bin/python -m benchmarks.zoo
 echo "== summary$summary"
 [ -z "$failed" ]

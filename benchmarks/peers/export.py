@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from calibrate.load import find_source, load_model, quiet
-from calibrate.target import Target, inspect_model
+from depthkv_edge.calibrate.load import find_source, load_model, quiet
+from depthkv_edge.calibrate.target import Target, inspect_model
 from depthkv_edge.errors import DepthKVError
 
 _N_POSITIONS = 32  # whose logits are compared

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from benchmarks.peers.plan import Question, Retrieval, Window
-from depthkv_edge.evaluation.engine import Model
-from depthkv_edge.evaluation.tasks import retrieval
-from depthkv_edge.evaluation.texts import Text, windows
+from depthkv_edge.quality.model import Model
+from depthkv_edge.quality.tasks import retrieval
+from depthkv_edge.quality.texts import Text, windows
 
 
 def make_windows(model: Model, texts: Sequence[Text], n_tokens: int, n_prompt: int, n_windows: int) -> list[Window]:

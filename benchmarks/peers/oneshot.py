@@ -1,6 +1,6 @@
 """Ours in kvpress's regime: the prompt is read whole, each layer evicts once, then the cache grows.
 
-In torch, by the engine's rules (calibrate.evict) with the same scorer. Not faithful to the engine, which never holds
+In torch, by the engine's rules (calibrate/evict.py) with the same scorer. Not faithful to the engine, which never holds
 the whole prompt: here every query has seen all of it. One full cache is kept, and what a layer has lost is masked; the
 cells reported are those of a layer that evicts right after its attention.
 """
@@ -16,17 +16,17 @@ from transformers import DynamicCache
 
 from benchmarks.peers.plan import FULL, ONCE, Item, Plan, Window, one_pass_cells, record_key
 from benchmarks.peers.score import ask, score_tail
-from calibrate.attention import AttentionCall, attend, attention_weights, observe
-from calibrate.evict import N_CELLS_MIN, N_QUERY_SPAN_PP, N_WARMUP, evict, sampled_queries
-from calibrate.score_attention import ATTENTION
-from calibrate.score_streaming import STREAMING
-from calibrate.scorer import Attention, Cells, Scorer
-from calibrate.target import Target
-from calibrate.window import copy_cache
-from depthkv_edge import _native
-from depthkv_edge.calibration import Calibration
-from depthkv_edge.evaluation.store import Record, Store
-from depthkv_edge.progress import LongWork
+from depthkv_edge.calibrate.attention import AttentionCall, attend, attention_weights, observe
+from depthkv_edge.calibrate.evict import N_CELLS_MIN, N_QUERY_SPAN_PP, N_WARMUP, evict, sampled_queries
+from depthkv_edge.calibrate.score_attention import ATTENTION
+from depthkv_edge.calibrate.score_streaming import STREAMING
+from depthkv_edge.calibrate.scorer import Attention, Cells, Scorer
+from depthkv_edge.calibrate.target import Target
+from depthkv_edge.calibrate.window import copy_cache
+from depthkv_edge.engine import capi
+from depthkv_edge.measure.progress import LongWork
+from depthkv_edge.modelfile.keys import Calibration
+from depthkv_edge.quality.store import Record, Store
 
 METHODS = ("depth", "uniform", "streaming")
 
@@ -151,7 +151,7 @@ def allocate(calibration: Calibration, method: str, ratio: float, n_prompt: int)
     """
     curves = {"keep_ratios": calibration.keep_ratios, "sensitivity": calibration.sensitivity}
     rule = {"rule": calibration.rule or None} | curves if method == "depth" else {"rule": "uniform"}
-    return _native.alloc(
+    return capi.alloc(
         int(n_prompt * ratio) / n_prompt, len(calibration.layer_ids), n_prompt, n_floor=N_CELLS_MIN, **rule
     )
 

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from depthkv_edge.evaluation.store import Store, digest
+from depthkv_edge.quality.store import Store, digest
 
 FULL = "full"
 

@@ -28,8 +28,8 @@ from transformers.cache_utils import DynamicLayer
 from benchmarks.peers.plan import FACTS, FULL, KVPRESS, KVPRESS_STORE, Item, Plan, Window, one_pass_cells, record_key
 from benchmarks.peers.score import ask, score_tail
 from depthkv_edge.errors import DepthKVError
-from depthkv_edge.evaluation.store import Record, Store
-from depthkv_edge.progress import LongWork
+from depthkv_edge.measure.progress import LongWork
+from depthkv_edge.quality.store import Record, Store
 
 _ATTENTION = "peers"
 _PROBE_TOKENS = 384  # of the check that a shared pass changes nothing

@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 import torch
 
 from benchmarks.peers.plan import Retrieval
-from calibrate.kl import divergence
-from depthkv_edge.evaluation.metrics.log_prob import answer_log_prob
-from depthkv_edge.evaluation.store import Record
+from depthkv_edge.calibrate.divergence import divergence
+from depthkv_edge.quality.metrics.log_prob import answer_log_prob
+from depthkv_edge.quality.store import Record
 
 _CHUNK = 128  # rows of logits at once: bounds the temporaries
 

@@ -15,11 +15,11 @@ from rich.table import Table
 from benchmarks.peers import bounded, oneshot
 from benchmarks.peers.plan import BOUNDED, FULL, KVPRESS, ONCE, Item, Plan, Retrieval, Window, record_key
 from depthkv_edge.errors import DepthKVError
-from depthkv_edge.evaluation.metrics.kl import kl
-from depthkv_edge.evaluation.metrics.log_prob import log_prob
-from depthkv_edge.evaluation.metrics.perplexity import perplexity
-from depthkv_edge.evaluation.metrics.top1 import top1
-from depthkv_edge.evaluation.store import Record
+from depthkv_edge.quality.metrics.kl import kl
+from depthkv_edge.quality.metrics.log_prob import log_prob
+from depthkv_edge.quality.metrics.perplexity import perplexity
+from depthkv_edge.quality.metrics.top1 import top1
+from depthkv_edge.quality.store import Record
 
 Find = Callable[[str], Record]
 """The record of a key, see `record_key`."""

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from benchmarks.zoo.shapes import Shape
 from benchmarks.zoo.write import PROGRAMS, write_model
-from depthkv_edge.context import Options, load_without_weights, plan_context
+from depthkv_edge.engine.context import Options, load_without_weights, plan_context
 from depthkv_edge.errors import DepthKVError
 
 # maybe of another build, under a sanitizer

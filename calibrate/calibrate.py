@@ -1,0 +1,377 @@
+"""A calibration from beginning to end: model, corpus, measurement, curves, check, model file."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from depthkv_edge import __version__
+from depthkv_edge.calibrate import exact, fast
+from depthkv_edge.calibrate.calibrate_settings import BOTH, EXACT, FAST, CalibrateSettings
+from depthkv_edge.calibrate.corpus import Corpus, build_corpus, printable
+from depthkv_edge.calibrate.curves import Curves, build_curves, curve_correlation, layer_correlation
+from depthkv_edge.calibrate.evict import N_RECENT, N_SINK
+from depthkv_edge.calibrate.heldout import DEFAULT_RULE, UNIFORM, HeldOut, allocate, check
+from depthkv_edge.calibrate.load import (
+    Source,
+    check_config,
+    check_device,
+    find_source,
+    fingerprint_weights,
+    load_model,
+    load_tokenizer,
+    quiet,
+)
+from depthkv_edge.calibrate.match import check_match
+from depthkv_edge.calibrate.parallel import Processes, join_processes
+from depthkv_edge.calibrate.scorers import get_scorer
+from depthkv_edge.calibrate.state import SavedState, fingerprint
+from depthkv_edge.calibrate.target import Target, inspect_model
+from depthkv_edge.calibrate.window import prefill, run_tail
+from depthkv_edge.errors import DepthKVError
+from depthkv_edge.measure.progress import progress
+from depthkv_edge.modelfile.keys import CHECK_BUDGET, Calibration, read_budget
+from depthkv_edge.modelfile.packaged import resolve_model
+from depthkv_edge.modelfile.writer import check_writable, write_calibrated
+
+N_HELD_OUT = 2
+
+# for the time left, in runs of one layer: head and divergence; eviction, the change of the output and its gradient
+_HEAD_COST, _FAST_COST = 6, 6
+# that the speed is averaged over: layers cost less and less, a short average would promise too much
+_AVERAGE_SECONDS = 1800.0
+
+_OUT_OF_MEMORY = re.compile(r"out of memory|can't allocate|not enough memory", re.IGNORECASE)
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True, eq=False)
+class Outcome:
+    """What came out.
+
+    Attributes:
+        calibration: as written.
+        held_out: the check on windows that were not measured.
+        measured: [W, L, R] nats per token, of every window.
+        agreement: Spearman correlation of `fast` with `exact` over (all points, layers), if both were measured.
+        seconds: that this process spent on measuring in this run, by method: prefill and all, without the held-out
+            check, and without what an interrupted run had done.
+    """
+
+    calibration: Calibration
+    held_out: HeldOut
+    measured: np.ndarray
+    output: Path
+    agreement: tuple[float, float] | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        c = self.calibration
+        return {
+            "output": str(self.output),
+            "model": c.model,
+            "corpus": c.corpus,
+            "method": c.method,
+            "scorer": c.scorer,
+            "windows": c.windows,
+            "window_tokens": c.window_tokens,
+            "tokens": c.tokens,
+            "layer_ids": list(c.layer_ids),
+            "keep_ratios": list(c.keep_ratios),
+            "sensitivity": c.sensitivity.tolist(),
+            "sensitivity_se": c.sensitivity_se.tolist(),
+            "stability": _number(c.stability),
+            "rule": c.rule,
+            "held_out": asdict(self.held_out) | {"budget": CHECK_BUDGET, "gain": _number(self.held_out.gain)},
+            "fast_agreement": None if self.agreement is None else [_number(x) for x in self.agreement],
+            "seconds": self.seconds,
+        }
+
+
+def calibrate(
+    settings: CalibrateSettings,
+    say: Say = lambda text: None,
+    on_outcome: Callable[[Outcome], None] = lambda outcome: None,
+) -> Outcome | None:
+    """Measure a model and write the calibrated copy of its GGUF.
+
+    Args:
+        say: told a line about what a user may want to know.
+        on_outcome: called when the file is written, and before what was measured is forgotten: if it fails, the same
+            command need not measure again.
+
+    Returns:
+        The outcome; None in the processes of `accelerate launch` other than the first.
+
+    Raises:
+        DepthKVError: anything that a user can get wrong, found before the long work wherever that is possible.
+    """
+    settings.check()
+    source = find_source(settings.model)
+    gguf = resolve_model(str(settings.gguf)) if settings.gguf else source.gguf
+    if gguf is None:
+        raise DepthKVError(f"model {settings.model} is no GGUF: give the GGUF that was made from it with --gguf")
+    processes = join_processes(settings.device)
+    check_writable(gguf, settings.output)
+    budget = read_budget(gguf)  # a default budget that the user has put into the file is not ours to drop
+    check_device(settings.device)
+    check_config(source)
+
+    corpus = read_corpus(settings, source)
+    model = load_model(source, processes.device or settings.device, settings.dtype)
+    with quiet():
+        target = inspect_model(model)
+    config = model.config.get_text_config()
+    if settings.window_tokens > (getattr(config, "max_position_embeddings", None) or math.inf):
+        raise DepthKVError(
+            f"--window-tokens {settings.window_tokens} is longer than the context of the model: "
+            f"give at most {config.max_position_embeddings}"
+        )
+    if source.gguf is None or not gguf.samefile(source.gguf):
+        check_match(gguf, config.num_hidden_layers, model.state_dict(), model=settings.model)
+    allocate(UNIFORM, settings.window_tokens, (), np.empty((len(target.layer_ids), 0)))  # the engine's library is there
+
+    state = SavedState(settings.output, _fingerprint(settings, target, corpus), processes.rank)
+    if processes.rank == 0 and state.stale and not len(state):
+        say("an earlier calibration was interrupted, with other settings: starting over")
+    with _memory(settings):
+        measured, seconds = _measure(settings, target, corpus, processes, state, say)
+    if processes.rank != 0:
+        return None
+
+    method = FAST if settings.method == FAST else EXACT
+    texts = [window.text for window in corpus.windows]
+    curves = build_curves(measured[method], texts)
+    with _memory(settings):
+        held_out = _check(settings, target, corpus, curves)
+    calibration = _calibration(settings, target, corpus, curves, held_out, method, budget)
+    write_calibrated(gguf, settings.output, calibration)
+    outcome = Outcome(calibration, held_out, measured[method], settings.output, _agreement(measured, texts), seconds)
+    on_outcome(outcome)
+    state.remove(_methods(settings))
+    return outcome
+
+
+def read_corpus(settings: CalibrateSettings, source: Source) -> Corpus:
+    """The windows that a calibration with these settings measures and holds out.
+
+    Raises:
+        DepthKVError: a text cannot be read, or there is too little of it.
+    """
+    tokenizer = load_tokenizer(source)
+
+    def tokenize(text: str) -> list[int]:
+        return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+    begins = tokenizer("a")["input_ids"][:1]
+    return build_corpus(
+        settings.corpus,
+        tokenize,
+        begins[0] if begins == [tokenizer.bos_token_id] else None,
+        n_windows=settings.windows,
+        n_held_out=N_HELD_OUT,
+        window_tokens=settings.window_tokens,
+        seed=settings.seed,
+    )
+
+
+def _fingerprint(settings: CalibrateSettings, target: Target, corpus: Corpus) -> str:
+    measured = {
+        name: getattr(settings, name) for name in ("windows", "window_tokens", "scorer", "dtype", "seed", "ratios")
+    }
+    windows = [window.tokens for window in corpus.windows]
+    cells = [plan.cells for plan in settings.plans(1)]
+    return fingerprint(__version__, measured, corpus.name, windows, cells, fingerprint_weights(target.model))
+
+
+def _methods(settings: CalibrateSettings) -> list[str]:
+    return [method for method in (EXACT, FAST) if settings.method in (method, BOTH)]
+
+
+def _measure(
+    settings: CalibrateSettings, target: Target, corpus: Corpus, processes: Processes, state: SavedState, say: Say
+) -> tuple[dict[str, np.ndarray], dict[str, float]]:
+    """[W, L, R] nats per token for each method that is asked for, or that is complete anyway; and the seconds."""
+    methods = _methods(settings)
+    mine = range(processes.rank, settings.windows, processes.count)
+    layer_ids, n_layers = target.layer_ids, len(target.layers)
+    scorer, plans = get_scorer(settings.scorer), settings.plans(len(layer_ids))
+
+    def missing(method: str, window: int) -> list[int]:
+        return [layer for layer in layer_ids if state.get(method, window, layer) is None]
+
+    def cost(method: str, layer: int) -> float:  # in runs of one layer over one token
+        n_runs = len(plans) * (n_layers - layer + _HEAD_COST) if method == EXACT else _FAST_COST
+        return settings.tail_tokens(method) * n_runs
+
+    todo = [(method, window, missing(method, window)) for method in methods for window in mine]
+    todo = [(method, window, layers) for method, window, layers in todo if layers]
+    total = sum(
+        (settings.window_tokens - settings.tail_tokens(method)) * n_layers
+        + sum(cost(method, layer) for layer in layers)
+        for method, _, layers in todo
+    )
+    if processes.rank == 0 and len(state):
+        say(f"going on where an interrupted calibration was: {len(state)} measurements of a layer are there")
+
+    def put(method: str, window: int, curves: dict[int, list[float]]) -> None:
+        for layer, curve in curves.items():
+            if not all(map(math.isfinite, curve)):
+                raise _not_finite(f"what layer {layer} loses in window {window}", curve, settings)
+        state.put(method, window, curves)
+
+    def measure(method: str, index: int, layers: list[int], advance: Callable[[float], None]) -> None:
+        prefilled = prefill(
+            target,
+            corpus.windows[index].tokens,
+            settings.tail_tokens(method),
+            scorer,
+            plans,
+            lambda n: advance(n * n_layers),
+        )
+        if method == FAST:
+            seed = settings.seed * 1_000_003 + index
+            put(FAST, index, fast.measure_window(prefilled, seed, lambda: advance(cost(FAST, 0))))
+            return
+        window = run_tail(prefilled)
+        for layer in layers:
+            put(EXACT, index, {layer: exact.measure_layer(window, layer)})
+            advance(cost(EXACT, layer))
+
+    seconds = dict.fromkeys(methods, 0.0)
+    shown = progress("measuring", total, _AVERAGE_SECONDS) if processes.rank == 0 else nullcontext(lambda n: None)
+    with shown as advance:
+        for method, index, layers in todo:
+            start = time.perf_counter()
+            measure(method, index, layers, advance)
+            seconds[method] += time.perf_counter() - start
+
+    own = [
+        (method, window, [state.get(method, window, layer) for layer in target.layer_ids])
+        for method in (EXACT, FAST)
+        for window in mine
+        if not missing(method, window)
+    ]
+    found = processes.gather(own)
+    result = {}
+    for method in (EXACT, FAST):
+        windows = {window: curves for of, window, curves in found if of == method}
+        if len(windows) == settings.windows:
+            result[method] = np.array([windows[window] for window in range(settings.windows)])
+    return result, seconds
+
+
+def _check(settings: CalibrateSettings, target: Target, corpus: Corpus, curves: Curves) -> HeldOut:
+    n_tokens = settings.window_tokens
+    uniform = allocate(UNIFORM, n_tokens, settings.ratios, curves.sensitivity)
+    calibrated = allocate(DEFAULT_RULE, n_tokens, settings.ratios, curves.sensitivity)
+    scorer = get_scorer(settings.scorer)
+    total = len(corpus.held_out) * (n_tokens - settings.tail_tokens(EXACT))
+    with progress("checking", total, _AVERAGE_SECONDS) as advance:
+        found = check(target, corpus.held_out, settings.tail_tokens(EXACT), scorer, uniform, calibrated, advance)
+    if not (math.isfinite(found.uniform) and math.isfinite(found.calibrated)):
+        raise _not_finite("the loss in the held-out windows", (found.uniform, found.calibrated), settings)
+    return found
+
+
+def _not_finite(what: str, values: Sequence[float], settings: CalibrateSettings) -> DepthKVError:
+    value = next(x for x in values if not math.isfinite(x))
+    way_out = "check the weights of the model" if settings.dtype == "float32" else "measure with --dtype float32"
+    return DepthKVError(f"{what} is {value} with --dtype {settings.dtype}: {way_out}")
+
+
+@contextmanager
+def _memory(settings: CalibrateSettings) -> Iterator[None]:
+    """Turn a lack of memory into one line."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and not _OUT_OF_MEMORY.search(str(error)):
+            raise
+        raise DepthKVError(
+            f"--window-tokens {settings.window_tokens} on --device {settings.device} takes more memory than there is: "
+            "give fewer tokens, or another device; with enough memory the same command goes on where this one was"
+        ) from None
+
+
+def _calibration(
+    settings: CalibrateSettings,
+    target: Target,
+    corpus: Corpus,
+    curves: Curves,
+    held_out: HeldOut,
+    method: str,
+    budget: float | None,
+) -> Calibration:
+    return Calibration(
+        layer_ids=target.layer_ids,
+        keep_ratios=settings.ratios,
+        sensitivity=curves.sensitivity,
+        sensitivity_se=curves.sensitivity_se,
+        scorer=settings.scorer,
+        sink_tokens=N_SINK,
+        recent_tokens=N_RECENT,
+        rule=held_out.rule,
+        model=printable(settings.model),
+        corpus=corpus.name,
+        tokens=settings.windows * settings.window_tokens,
+        windows=settings.windows,
+        window_tokens=settings.window_tokens,
+        method=method,
+        stability=curves.stability,
+        gain=held_out.gain if held_out.gain < np.finfo(np.float32).max else math.nan,  # nothing is lost at all
+        tool=f"depthkv-edge {__version__}",
+        budget=budget,
+    )
+
+
+def _agreement(measured: dict[str, np.ndarray], texts: Sequence[int]) -> tuple[float, float] | None:
+    if len(measured) < 2:
+        return None
+    a, b = (build_curves(measured[method], texts).sensitivity for method in (EXACT, FAST))
+    return curve_correlation(a, b), layer_correlation(a, b)
+
+
+def _number(x: float) -> float | None:
+    return x if math.isfinite(x) else None
+
+
+def check_dump(path: Path, settings: CalibrateSettings) -> None:
+    """Check that `dump_curves` can do its work, before hours go into a calibration.
+
+    Raises:
+        DepthKVError: the file cannot be written, or is one of the model's.
+    """
+    if path.is_dir() or not path.parent.is_dir():
+        what = "it is a directory" if path.is_dir() else f"{path.parent} is not a directory"
+        raise DepthKVError(f"{path} cannot be written: {what}; give the path of a file")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise DepthKVError(f"{path} cannot be written: it is read-only; choose another path")
+    for other in (settings.output, settings.gguf, Path(settings.model)):
+        if other is not None and path.resolve() == other.resolve():
+            raise DepthKVError(f"--curves {path} is the model file: choose another path")
+
+
+def dump_curves(outcome: Outcome, path: Path) -> None:
+    """Write the outcome with the curves of every window as JSON.
+
+    Raises:
+        DepthKVError: the file cannot be written.
+    """
+    try:
+        path.write_text(json.dumps(outcome.to_dict() | {"per_window": outcome.measured.tolist()}) + "\n")
+    except OSError as error:
+        raise DepthKVError(f"{path} cannot be written: {error.strerror}") from None

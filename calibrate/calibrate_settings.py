@@ -1,0 +1,79 @@
+"""What `calibrate` is asked for."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from depthkv_edge.calibrate.evict import N_CELLS_MIN, aligned
+from depthkv_edge.calibrate.scorers import get_scorer
+from depthkv_edge.calibrate.window import LayerCells
+from depthkv_edge.errors import DepthKVError
+from depthkv_edge.modelfile.keys import CHECK_BUDGET
+
+EXACT, FAST, BOTH = "exact", "fast", "both"
+METHODS = (EXACT, FAST, BOTH)
+
+# the share of a window over which divergence is measured: its end, where the layers have forgotten the most. A gradient
+# takes in what a token does to later ones, so a shorter one is enough
+_TAIL = {EXACT: 8, FAST: 12}
+
+# of a window in the held-out check: two floors, or there is next to nothing to share out
+_CHECK_CELLS_MIN = 2 * aligned(N_CELLS_MIN)
+
+
+@dataclass(frozen=True)
+class CalibrateSettings:
+    """What the user asks for; see the options of `depthkv-edge calibrate`."""
+
+    model: str
+    gguf: Path | None
+    output: Path
+    corpus: tuple[str, ...] = ()
+    windows: int = 4
+    window_tokens: int = 3072
+    scorer: str = "attention"
+    device: str = "cpu"
+    dtype: str = "float32"
+    method: str = EXACT
+    seed: int = 0
+    ratios: tuple[float, ...] = (0.05, 0.1, 0.2, 0.4, 0.7)
+
+    def tail_tokens(self, method: str) -> int:
+        """Tokens of a window over which divergence is measured."""
+        return self.window_tokens // _TAIL[method]
+
+    def check(self) -> None:
+        """Check every number.
+
+        Raises:
+            DepthKVError: one is out of range.
+        """
+        get_scorer(self.scorer)
+        if self.windows < 1:
+            raise DepthKVError(f"--windows {self.windows} is not above 0: give 1 or more")
+        if not self.ratios or any(not 0 < ratio < 1 for ratio in self.ratios):
+            raise DepthKVError(f"--ratios {_join(self.ratios)} are not all between 0 and 1: give some like 0.2,0.4")
+        if list(self.ratios) != sorted(set(self.ratios)):
+            raise DepthKVError(f"--ratios {_join(self.ratios)} do not ascend: give each once, the lowest first")
+        least = math.ceil(max(N_CELLS_MIN / self.ratios[0], _CHECK_CELLS_MIN / CHECK_BUDGET))
+        if self.window_tokens < least:
+            raise DepthKVError(
+                f"--window-tokens {self.window_tokens} is too short: a keep ratio of {self.ratios[0]:g} must leave the "
+                f"{N_CELLS_MIN} cells that a layer needs, and the held-out check at {CHECK_BUDGET:g} some to share "
+                f"out; give at least {least}"
+            )
+
+    def plans(self, n_layers: int) -> list[LayerCells]:
+        """Every layer at the same keep ratio, for each ratio: only one layer of a plan is pruned at a time.
+
+        The engine rounds cells up to its granularity, so what is measured may be up to 31 cells more than the ratio
+        that labels it says.
+        """
+        return [LayerCells((aligned(round(ratio * self.window_tokens)),) * n_layers) for ratio in self.ratios]
+
+
+def _join(ratios: Sequence[float]) -> str:
+    return ",".join(f"{ratio:g}" for ratio in ratios)

@@ -1,0 +1,1 @@
+"""Model files: the packaged ones, their metadata, the keys of a calibration, and writing them."""

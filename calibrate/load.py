@@ -25,8 +25,9 @@ from transformers import (
 from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 
+from depthkv_edge.assets import MODELS
 from depthkv_edge.errors import DepthKVError
-from depthkv_edge.modelfile.packaged import PACKAGED, check_gguf, resolve_model
+from depthkv_edge.modelfile.packaged import check_gguf, resolve_model
 
 _WITH_HEAD = ("CausalLM", "ConditionalGeneration", "LMHead")
 
@@ -60,7 +61,7 @@ def find_source(name: str) -> Source:
         DepthKVError: the file is missing or no GGUF, or the directory holds no model.
     """
     path = Path(name)
-    if name in PACKAGED or path.is_file() or path.suffix == ".gguf":
+    if name in MODELS or path.is_file() or path.suffix == ".gguf":
         gguf = resolve_model(name)
         check_gguf(gguf)
         return Source(name, str(gguf.resolve().parent), gguf.resolve())
@@ -68,7 +69,7 @@ def find_source(name: str) -> Source:
         if not (path / "config.json").is_file():
             raise DepthKVError(f"model {name} has no config.json: give a Hugging Face model directory or a .gguf file")
     elif path.is_absolute() or name.startswith("."):
-        ways = ", ".join(PACKAGED)
+        ways = ", ".join(MODELS)
         raise DepthKVError(f"model {name} does not exist: give a directory, a hub id, a .gguf file or {ways}")
     return Source(name, name)
 

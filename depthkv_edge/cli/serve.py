@@ -58,7 +58,7 @@ def serve(
 ) -> None:
     """Serve a model over HTTP: OpenAI's API, and a page with a chat and a view of its KV cache.
 
-    MODEL is the path of a GGUF, or smollm2 for the packaged one. The server is llama.cpp's llama-server; what stands
+    MODEL is the path of a GGUF, or a name that `fetch` lists. The server is llama.cpp's llama-server; what stands
     after -- goes to it as it is.
     """
     budget = None if kv_budget is None else parse_budget(kv_budget)

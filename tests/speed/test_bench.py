@@ -265,7 +265,7 @@ def test_turns_alternate(asked):
     steps, _ = rounds._measure(configured, Path("m"), settings, schedule, range(8192), done.append)
     by_round = [asked[i : i + 3] for i in range(0, len(asked), 3)]
     assert ["".join(label for label, *_ in turn) for turn in by_round] == ["abc", "cba"] * (len(by_round) // 2)
-    assert all(len({request[1:] for request in turn}) == 1 for turn in rounds), "all the same step"
+    assert all(len({request[1:] for request in turn}) == 1 for turn in by_round), "all the same step"
     assert [turn.step for turn in steps["a"]] == [step for step in schedule.steps() if step is not None]
     assert sum(done) == 3 * rounds._cost(schedule), "the progress bar ends at 100 %"
 

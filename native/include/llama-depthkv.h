@@ -22,13 +22,29 @@ extern "C" {
 #endif
 
 // changes whenever a struct or a function below does
-#define LLAMA_DEPTHKV_VERSION 5
+#define LLAMA_DEPTHKV_VERSION 6
 
 // the version that the library was built with: structs are passed by value, so check it before anything else
 LLAMA_API int32_t llama_depthkv_version(void);
 
 // the reason why the last call on this thread failed: one line, empty if nothing failed
+// loading a model with bad keys and llama_init_from_model() leave it here too
 LLAMA_API const char * llama_depthkv_last_error(void);
+LLAMA_API void         llama_depthkv_clear_error(void);
+
+//
+// rules
+//
+
+struct llama_depthkv_rule {
+    const char * name;
+    const char * desc;
+    bool         needs_attn; // of a token-scoring rule: it judges by attention
+};
+
+// token-scoring rules, the default one first, and allocation rules. false: there is no i-th
+LLAMA_API bool llama_depthkv_get_scorer(int32_t i, struct llama_depthkv_rule * rule);
+LLAMA_API bool llama_depthkv_get_alloc (int32_t i, struct llama_depthkv_rule * rule);
 
 //
 // budget
@@ -65,10 +81,10 @@ struct llama_depthkv_params {
     // of llama_depthkv_plan(): bytes that everything has to fit; 0: no limit, with "auto" llama_depthkv_memory_free()
     size_t memory;
 
-    // token-scoring rule: "attention", "window", "streaming" or "random"; NULL: the model's, or "attention"
+    // token-scoring rule, see llama_depthkv_get_scorer(); NULL: the model's, or the default one
     const char * scorer;
 
-    // allocation rule: "uniform", "proportional" or "optimal"; NULL: the model's, or "optimal" if it is calibrated
+    // allocation rule, see llama_depthkv_get_alloc(); NULL: the model's, or "optimal" if it is calibrated
     const char * rule;
 
     // tokens never evicted at the front and at the end of a sequence; negative: the model's, or 4 and 32
@@ -208,7 +224,7 @@ LLAMA_API void llama_depthkv_unpin(struct llama_context * ctx, llama_seq_id seq_
 //
 
 struct llama_depthkv_alloc_params {
-    const char * rule;         // "uniform", "proportional" or "optimal"; NULL: "optimal" if there are curves, else "uniform"
+    const char * rule;         // see llama_depthkv_get_alloc(); NULL: "optimal" if there are curves, else "uniform"
 
     uint32_t n_layers;
     uint32_t n_ctx;            // positions of one sequence
@@ -230,6 +246,69 @@ struct llama_depthkv_alloc_params {
 // false, with the reason in llama_depthkv_last_error(), if the budget is out of range or below the floor, or if the rule
 // is unknown or needs curves that are missing or nonsense
 LLAMA_API bool llama_depthkv_alloc(struct llama_depthkv_alloc_params params, uint32_t * cells);
+
+//
+// simulation (pure)
+//
+// which tokens of a text a layer would hold, by the code of the cache and without a model: what eviction costs can be measured
+// with it where the attention comes from, in calibration. for each ubatch:
+//
+//   n = llama_depthkv_sim_queries(sim, n_tokens, pos, n_max);
+//   if (n > 0) { llama_depthkv_sim_count(sim, mass); }   // attention of these queries to the held tokens
+//   llama_depthkv_sim_evict(sim, n_tokens);
+//   llama_depthkv_sim_positions(sim, pos, n_max);        // held while the ubatch runs, beside its own tokens
+//   llama_depthkv_sim_add(sim, n_tokens);
+//
+
+// numbers that the cache goes by
+struct llama_depthkv_constants {
+    uint32_t n_sink;           // tokens never evicted at the front and at the end of a sequence, by default
+    uint32_t n_recent;
+    uint32_t n_align;          // granularity of a layer on a CPU, in cells
+    uint32_t n_ubatch_min;     // tokens of a ubatch that a layer must have room for
+    uint32_t n_query_span;     // tokens of a prompt that a scoring pass covers
+    uint32_t n_warmup;         // tokens before its first eviction that a layer counts attention
+};
+
+LLAMA_API struct llama_depthkv_constants llama_depthkv_get_constants(void);
+
+// tokens of a ubatch, from the cells of the smallest layer and with the default sinks and recent tokens
+LLAMA_API uint32_t llama_depthkv_n_ubatch(uint32_t n_cells_min, uint32_t n_ubatch_max);
+
+struct llama_depthkv_sim;
+
+// layer: index in the model, n_cells: of one sequence
+// NULL, with the reason in llama_depthkv_last_error(), if the scorer is unknown or the layer has no room for a ubatch
+LLAMA_API struct llama_depthkv_sim * llama_depthkv_sim_init(
+        const char * scorer,
+        int32_t      layer,
+        uint32_t     n_cells,
+        uint32_t     n_sink,
+        uint32_t     n_recent);
+
+LLAMA_API void llama_depthkv_sim_free(struct llama_depthkv_sim * sim);
+
+// positions of the queries that are counted before n_tokens more come, ascending; returns how many (writes at most n)
+LLAMA_API int32_t llama_depthkv_sim_queries(const struct llama_depthkv_sim * sim, uint32_t n_tokens, llama_pos * pos, int32_t n);
+
+// all queries that have not been counted yet, whether or not it is time
+LLAMA_API int32_t llama_depthkv_sim_pending(const struct llama_depthkv_sim * sim, llama_pos * pos, int32_t n);
+
+// mass: what the pending queries say of each held position, in the order of llama_depthkv_sim_positions()
+LLAMA_API void llama_depthkv_sim_count(struct llama_depthkv_sim * sim, const float * mass);
+
+// make room for n_tokens
+LLAMA_API void llama_depthkv_sim_evict(struct llama_depthkv_sim * sim, uint32_t n_tokens);
+
+// the next n_tokens of the text: there is room
+LLAMA_API void llama_depthkv_sim_add(struct llama_depthkv_sim * sim, uint32_t n_tokens);
+
+// positions that the layer holds, ascending; returns how many (writes at most n)
+LLAMA_API int32_t llama_depthkv_sim_positions(const struct llama_depthkv_sim * sim, llama_pos * pos, int32_t n);
+
+// of n_tokens that come together those whose queries are sampled, ascending; returns how many (writes at most n)
+// -1 if the scorer is unknown
+LLAMA_API int32_t llama_depthkv_sim_sample(const char * scorer, uint32_t n_tokens, uint32_t * idxs, int32_t n);
 
 #ifdef __cplusplus
 }

@@ -25,6 +25,10 @@ const char * llama_depthkv_last_error(void) {
     return llama_depthkv_error.c_str();
 }
 
+void llama_depthkv_clear_error(void) {
+    llama_depthkv_error.clear();
+}
+
 void llama_depthkv_set_error(const char * what) {
     llama_depthkv_error = what;
 }

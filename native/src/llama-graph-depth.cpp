@@ -40,7 +40,7 @@ llm_graph_input_kv_depth::llm_graph_input_kv_depth(
     evicted  = sinfo.evicted;
 
     // the slot of a full cache has no tokens, they come with the graph to reserve
-    n_q = sinfo.n_tps > 0 ? sinfo.q_rows.size()/n_stream : std::min(n_tps, llama_kv_cache_depth::n_query);
+    n_q = sinfo.n_tps > 0 ? sinfo.q_rows.size()/n_stream : std::min(n_tps, llama_kv_n_query);
 
     GGML_ASSERT(sinfo.n_tps == 0 || sinfo.n_tps == n_tps);
 
@@ -90,7 +90,7 @@ void llm_graph_input_kv_depth::set_input(const llama_ubatch * ubatch) {
     if (q_rows->buffer) {
         std::vector<int64_t> data(n_q*n_stream);
         for (uint32_t i = 0; i < n_q*n_stream; ++i) {
-            data[i] = (s0 + i/n_q)*llama_kv_cache_depth::n_query + sinfo.q_rows[i];
+            data[i] = (s0 + i/n_q)*llama_kv_n_query + sinfo.q_rows[i];
         }
         ggml_backend_tensor_set(q_rows, data.data(), 0, ggml_nbytes(q_rows));
     }

@@ -44,17 +44,30 @@ void llama_kv_curves::check(uint32_t n_layers, const char * ratios_name, const c
 // rules
 //
 
-static llama_kv_alloc_ptr llama_kv_alloc_init(const std::string & rule, const llama_kv_alloc_params & params) {
-    if (rule == "proportional") { return llama_kv_alloc_init_proportional(params); }
-    if (rule == "optimal")      { return llama_kv_alloc_init_optimal     (params); }
+const std::vector<llama_kv_alloc_info> & llama_kv_alloc_list() {
+    static const std::vector<llama_kv_alloc_info> list = {
+        { "uniform",      "all layers the same",                            llama_kv_alloc_init_uniform      },
+        { "proportional", "cells by the square root of the sensitivity",    llama_kv_alloc_init_proportional },
+        { "optimal",      "cells where they lower the total loss the most", llama_kv_alloc_init_optimal      },
+    };
 
-    return llama_kv_alloc_init_uniform(params);
+    return list;
+}
+
+static const llama_kv_alloc_info & llama_kv_alloc_find(const std::string & rule) {
+    std::string names;
+    for (const auto & info : llama_kv_alloc_list()) {
+        if (rule == info.name) {
+            return info;
+        }
+        names += (names.empty() ? "" : ", ") + std::string(info.name);
+    }
+
+    throw std::runtime_error(format("unknown KV allocation rule '%s': use one of %s", rule.c_str(), names.c_str()));
 }
 
 void llama_kv_alloc_check_rule(const std::string & rule) {
-    if (rule != "uniform" && rule != "proportional" && rule != "optimal") {
-        throw std::runtime_error(format("unknown KV allocation rule '%s': use one of uniform, proportional, optimal", rule.c_str()));
-    }
+    llama_kv_alloc_find(rule);
 }
 
 const char * llama_kv_alloc_default_rule() {
@@ -96,7 +109,7 @@ std::vector<uint32_t> llama_kv_alloc(const std::string & rule_name, const llama_
     const uint32_t n_ctx    = params.n_ctx;
     const uint32_t n_layers = params.n_layers;
 
-    llama_kv_alloc_check_rule(rule_name);
+    const auto & info = llama_kv_alloc_find(rule_name);
 
     if (n_layers == 0 || n_ctx == 0 || params.n_align == 0) {
         throw std::runtime_error("cannot share out a KV budget over zero layers or zero cells");
@@ -120,7 +133,7 @@ std::vector<uint32_t> llama_kv_alloc(const std::string & rule_name, const llama_
         return params.cell_bytes.empty() ? 1 : params.cell_bytes[il];
     };
 
-    const auto rule = llama_kv_alloc_init(rule_name, params);
+    const auto rule = info.init(params);
 
     const uint32_t n_align = params.n_align;
     const uint32_t n_floor = std::min<uint64_t>(((uint64_t) params.n_floor + n_align - 1)/n_align*n_align, n_ctx);

@@ -52,6 +52,16 @@ llama_kv_alloc_ptr llama_kv_alloc_init_uniform     (const llama_kv_alloc_params 
 llama_kv_alloc_ptr llama_kv_alloc_init_proportional(const llama_kv_alloc_params & params);
 llama_kv_alloc_ptr llama_kv_alloc_init_optimal     (const llama_kv_alloc_params & params);
 
+struct llama_kv_alloc_info {
+    const char * name;
+    const char * desc;
+
+    llama_kv_alloc_ptr (*init)(const llama_kv_alloc_params & params);
+};
+
+// every rule
+const std::vector<llama_kv_alloc_info> & llama_kv_alloc_list();
+
 // throws std::runtime_error with one line if the rule is unknown
 void llama_kv_alloc_check_rule(const std::string & rule);
 

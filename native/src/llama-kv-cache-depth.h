@@ -5,6 +5,7 @@
 #include "llama-kv-depth-cells.h"
 #include "llama-kv-depth-plan.h"
 #include "llama-kv-depth-sched.h"
+#include "llama-kv-evict.h"
 #include "llama-kv-score.h"
 #include "llama-memory.h"
 
@@ -33,12 +34,6 @@ struct llama_context;
 // layers with a sliding window are bounded already, they stay in a llama_kv_cache_iswa
 class llama_kv_cache_depth : public llama_memory_i {
 public:
-    // queries sampled for scoring: so many of them are kept, and they cover so many tokens of a prompt, or of a text that
-    // is decoded a token at a time, where a scoring pass weighs more
-    static constexpr uint32_t n_query          = 32;
-    static constexpr uint32_t n_query_span_pp  = 128;
-    static constexpr uint32_t n_query_span_tg  = 512;
-
     llama_kv_cache_depth(
             const llama_model         & model,
             const llama_kv_depth_plan & plan,
@@ -111,7 +106,7 @@ public:
 
         ggml_tensor * k; // [n_embd_k_gqa, n_cells, n_stream]
         ggml_tensor * v; // [n_embd_v_gqa, n_cells, n_stream]
-        ggml_tensor * q; // [n_embd_q, n_query, n_stream] sampled queries, nullptr if the scorer needs none
+        ggml_tensor * q; // [n_embd_q, llama_kv_n_query, n_stream] sampled queries, nullptr if the scorer needs none
 
         // K and V are stored rotated (see llama_kv_cache::attn_rot_k), sizes of the rotation, 0: none
         uint32_t n_rot_k;
@@ -194,11 +189,8 @@ private:
         // tokens from here on are placed, but their ubatch has not been computed. it may fail
         llama_pos pos_placed = llama_kv_depth_cells::none;
 
-        // positions of the sampled queries, -1: none, and the row of the next one
-        std::vector<llama_pos> q_pos;
-        uint32_t               q_head = 0;
-        // tokens seen one at a time, of which only every few is kept as a sample
-        uint32_t               q_skip = 0;
+        // what has been sampled, see kv_layer::q
+        llama_kv_queries queries;
 
         void clear();
     };

@@ -143,7 +143,7 @@ static void llama_kv_depth_curves_load(llama_model_loader & ml, llama_kv_depth_p
         const int64_t id = gguf_find_key(ml.metadata, key_scorer);
 
         if (gguf_get_kv_type(ml.metadata, id) != GGUF_TYPE_STRING || !llama_kv_score_init(gguf_get_val_str(ml.metadata, id))) {
-            throw std::runtime_error(format("key '%s' must be one of %s", key_scorer, llama_kv_score_names()));
+            throw std::runtime_error(format("key '%s' must be one of %s", key_scorer, llama_kv_score_names().c_str()));
         }
 
         params.curve_scorer = gguf_get_val_str(ml.metadata, id);
@@ -243,7 +243,7 @@ void llama_kv_depth_params::check() const {
     }
 
     if (!llama_kv_score_init(scorer)) {
-        throw std::runtime_error(format("unknown scorer '%s': use one of %s", scorer.c_str(), llama_kv_score_names()));
+        throw std::runtime_error(format("unknown scorer '%s': use one of %s", scorer.c_str(), llama_kv_score_names().c_str()));
     }
 
     // the first token must stay to know where a sequence begins, the last one to know where it ends

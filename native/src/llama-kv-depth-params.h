@@ -3,6 +3,7 @@
 #include "llama.h"
 #include "llama-kv-alloc.h"
 #include "llama-kv-budget.h"
+#include "llama-kv-evict.h"
 
 #include <cstdint>
 #include <string>
@@ -17,14 +18,14 @@ static constexpr llama_pos llama_kv_depth_pos_max = 1 << 24;
 struct llama_kv_depth_params {
     llama_kv_budget budget;
 
-    std::string scorer = "attention";
+    std::string scorer = llama_kv_score_list()[0].name;
 
     // allocation rule, empty: the default one if there are curves, else uniform
     std::string rule;
 
     // tokens never evicted at the front and at the end
-    uint32_t n_sink   = 4;
-    uint32_t n_recent = 32;
+    uint32_t n_sink   = llama_kv_n_sink;
+    uint32_t n_recent = llama_kv_n_recent;
 
     // explicit plan, by KV layer, empty: none
     std::vector<uint32_t>  cells;

@@ -170,17 +170,6 @@ static llama_kv_curves llama_kv_depth_curves_select(const llama_kv_depth_params 
     return res;
 }
 
-// a ubatch costs capacity: that many cells of every layer are free before it runs. small ones keep more of the past,
-// large ones run faster. a twelfth of the smallest layer costs little of either (docs/engine.md)
-static uint32_t llama_kv_depth_n_ubatch(uint32_t n_cells_min, uint32_t n_safe, uint32_t n_ubatch_user) {
-    uint32_t res = std::max(32u, n_cells_min/12/32*32);
-
-    res = std::min(res, n_ubatch_user);
-    res = std::min(res, n_cells_min - n_safe);
-
-    return res;
-}
-
 // make the context follow the plan
 static void llama_kv_depth_plan_apply(const llama_model & model, const llama_kv_depth_plan & plan, llama_cparams & cparams) {
     cparams.n_ubatch   = plan.n_ubatch;
@@ -263,9 +252,9 @@ llama_kv_depth_plan llama_kv_depth_plan_init(
 
     // a unified cache is shared by all sequences, so each gets its part of the cells and may use every position
     const uint32_t n_seq_max    = cparams.n_seq_max;
-    const uint32_t n_cells_full = cparams.kv_unified && n_seq_max > 1 ? cparams.n_ctx_seq/n_seq_max/32*32 : cparams.n_ctx_seq;
+    const uint32_t n_cells_full = cparams.kv_unified && n_seq_max > 1 ? cparams.n_ctx_seq/n_seq_max/llama_kv_n_align*llama_kv_n_align : cparams.n_ctx_seq;
 
-    const uint32_t n_ubatch_min = std::min(cparams.n_ubatch, 32u);
+    const uint32_t n_ubatch_min = std::min(cparams.n_ubatch, llama_kv_n_ubatch_min);
     const uint32_t n_safe       = params.n_sink + params.n_recent;
     const uint32_t n_floor      = n_safe + n_ubatch_min;
 
@@ -279,7 +268,7 @@ llama_kv_depth_plan llama_kv_depth_plan_init(
     // fast attention kernels of GPU backends want multiples of 256, but not at the price of a fifth of a small cache
     // decided by the context alone: with another granularity a larger budget could take cells away
     const bool on_gpu = cparams.offload_kqv && ggml_backend_dev_type(model.dev_layer(ids[0])) != GGML_BACKEND_DEVICE_TYPE_CPU;
-    aparams.n_align = on_gpu && aparams.n_ctx >= 8192 ? 256 : 32;
+    aparams.n_align = on_gpu && aparams.n_ctx >= 8192 ? 256 : llama_kv_n_align;
 
     llama_kv_budget_full full = { n_cells_full*n_seq_max, 0, 0 };
 
@@ -319,7 +308,7 @@ llama_kv_depth_plan llama_kv_depth_plan_init(
     };
 
     const auto plan_cells = [&](double fraction, uint32_t n_ubatch_max, uint32_t & n_ubatch) {
-        check_floor((uint32_t) ((fraction + aparams.eps)*n_cells_full)/32*32);
+        check_floor((uint32_t) ((fraction + aparams.eps)*n_cells_full)/llama_kv_n_align*llama_kv_n_align);
 
         aparams.budget = fraction;
 
@@ -327,7 +316,7 @@ llama_kv_depth_plan llama_kv_depth_plan_init(
 
         for (size_t i = 0; i < params.cells.size(); ++i) {
             if (params.cells[i] > 0) {
-                cells[i] = params.cells[i] >= n_cells_full ? n_cells_full : GGML_PAD(params.cells[i], 32);
+                cells[i] = params.cells[i] >= n_cells_full ? n_cells_full : GGML_PAD(params.cells[i], llama_kv_n_align);
             }
         }
 
@@ -336,7 +325,7 @@ llama_kv_depth_plan llama_kv_depth_plan_init(
         check_floor(n_cells_min); // of an explicit plan
 
         // nothing is ever evicted from a full layer
-        n_ubatch = n_cells_min >= cparams.n_ctx_seq ? n_ubatch_max : llama_kv_depth_n_ubatch(n_cells_min, n_safe, n_ubatch_max);
+        n_ubatch = n_cells_min >= cparams.n_ctx_seq ? n_ubatch_max : llama_kv_evict_n_ubatch(n_cells_min, n_safe, n_ubatch_max);
 
         return cells;
     };

@@ -1,5 +1,8 @@
 #include "llama-kv-score.h"
 
+#include "ggml.h"
+
+#include <algorithm>
 #include <cmath>
 #include <limits>
 
@@ -13,20 +16,22 @@
 // token has been attended by more queries than a young one
 class llama_kv_score_attention : public llama_kv_score_i {
 public:
-    const char * name() const override {
-        return "attention";
-    }
+    ggml_tensor * build(llama_kv_attn_graph_i & attn) const override {
+        // sum over the queries of a group: [n_kv, 1, n_head_kv]
+        ggml_tensor * mass = ggml_out_prod(attn.ctx, attn.prob, attn.weight);
 
-    bool needs_attn() const override {
-        return true;
-    }
+        ggml_tensor * res = nullptr;
 
-    bool weights_value() const override {
-        return true;
-    }
+        // a head at a time: its values are needed in F32, all of them would be as large as the cache
+        for (int64_t ih = 0; ih < attn.n_head_kv; ++ih) {
+            ggml_tensor * cur = ggml_view_1d(attn.ctx, mass, mass->ne[0], ih*mass->nb[2]);
 
-    bool samples_last() const override {
-        return false;
+            cur = ggml_mul(attn.ctx, attn.build_v_norm(ih), cur);
+
+            res = res ? ggml_add(attn.ctx, res, cur) : cur;
+        }
+
+        return res;
     }
 
     void accumulate(llama_kv_depth_cells & cells, const llama_kv_attn & attn, uint32_t n_tokens) const override {

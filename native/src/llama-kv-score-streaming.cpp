@@ -4,26 +4,8 @@
 // not faithful to it: positions stay those of the text, they are not renumbered inside the cache
 class llama_kv_score_streaming : public llama_kv_score_i {
 public:
-    const char * name() const override {
-        return "streaming";
-    }
-
     bool needs_attn() const override {
         return false;
-    }
-
-    bool weights_value() const override {
-        return false;
-    }
-
-    bool samples_last() const override {
-        return false;
-    }
-
-    void accumulate(llama_kv_depth_cells & cells, const llama_kv_attn & attn, uint32_t n_tokens) const override {
-        GGML_UNUSED(cells);
-        GGML_UNUSED(attn);
-        GGML_UNUSED(n_tokens);
     }
 
     void score(const llama_kv_depth_cells & cells, int32_t il, std::vector<float> & scores) const override {

@@ -1,23 +1,12 @@
 #include "llama-kv-score.h"
 
+#include <algorithm>
 #include <cmath>
 
 // attention given by the latest queries only, after SnapKV (arXiv 2404.14469)
 // not faithful to it: one choice for all heads of a layer, and repeated whenever the layer has to evict
 class llama_kv_score_window : public llama_kv_score_i {
 public:
-    const char * name() const override {
-        return "window";
-    }
-
-    bool needs_attn() const override {
-        return true;
-    }
-
-    bool weights_value() const override {
-        return false;
-    }
-
     bool samples_last() const override {
         return true;
     }

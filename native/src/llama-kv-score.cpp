@@ -1,18 +1,57 @@
 #include "llama-kv-score.h"
 
+#include "ggml.h"
+
 #include <algorithm>
 
+const std::vector<llama_kv_score_info> & llama_kv_score_list() {
+    static const std::vector<llama_kv_score_info> list = {
+        { "attention", "accumulated attention by value norm and by how many queries could attend", llama_kv_score_init_attention },
+        { "window",    "attention of the latest queries only, after SnapKV",                       llama_kv_score_init_window    },
+        { "streaming", "sinks and recent tokens, after StreamingLLM",                              llama_kv_score_init_streaming },
+        { "random",    "a control: a hash of layer and position",                                  llama_kv_score_init_random    },
+    };
+
+    return list;
+}
+
 llama_kv_score_ptr llama_kv_score_init(const std::string & name) {
-    if (name == "attention") { return llama_kv_score_init_attention(); }
-    if (name == "window")    { return llama_kv_score_init_window();    }
-    if (name == "streaming") { return llama_kv_score_init_streaming(); }
-    if (name == "random")    { return llama_kv_score_init_random();    }
+    for (const auto & info : llama_kv_score_list()) {
+        if (name == info.name) {
+            return info.init();
+        }
+    }
 
     return nullptr;
 }
 
-const char * llama_kv_score_names() {
-    return "attention, window, streaming, random";
+std::string llama_kv_score_names() {
+    std::string res;
+    for (const auto & info : llama_kv_score_list()) {
+        res += (res.empty() ? "" : ", ") + std::string(info.name);
+    }
+
+    return res;
+}
+
+ggml_tensor * llama_kv_score_i::build(llama_kv_attn_graph_i & attn) const {
+    ggml_tensor * mass = ggml_out_prod(attn.ctx, attn.prob, attn.weight);
+
+    ggml_tensor * res = nullptr;
+
+    for (int64_t ih = 0; ih < attn.n_head_kv; ++ih) {
+        ggml_tensor * cur = ggml_view_1d(attn.ctx, mass, mass->ne[0], ih*mass->nb[2]);
+
+        res = res ? ggml_add(attn.ctx, res, cur) : cur;
+    }
+
+    return res;
+}
+
+void llama_kv_score_i::accumulate(llama_kv_depth_cells & cells, const llama_kv_attn & attn, uint32_t n_tokens) const {
+    GGML_UNUSED(cells);
+    GGML_UNUSED(attn);
+    GGML_UNUSED(n_tokens);
 }
 
 std::vector<uint32_t> llama_kv_score_select(

@@ -7,13 +7,33 @@
 #include <string>
 #include <vector>
 
+struct ggml_context;
+struct ggml_tensor;
+
 // attention that a few sampled queries of one sequence give to the cells of one layer
 struct llama_kv_attn {
-    // [n_cells] attention summed over heads and queries, times the L1 norm of the value if the scorer asks for it
+    // [n_cells] what llama_kv_score_i::build() makes of it
     std::vector<float> mass;
 
     // [n_queries] positions of the queries, ascending
     std::vector<llama_pos> pos;
+};
+
+// the same in the graph of a scoring pass, by query and head
+class llama_kv_attn_graph_i {
+public:
+    virtual ~llama_kv_attn_graph_i() = default;
+
+    ggml_context * ctx = nullptr;
+
+    int64_t n_head_kv = 0;
+
+    ggml_tensor * prob   = nullptr; // F32 [n_kv, n_query*n_gqa, n_head_kv] what each query gives to each cell
+    ggml_tensor * weight = nullptr; // F32 [1,    n_query*n_gqa, n_head_kv] 1 for a query that counts, 0 for one that does not
+
+    // values of a KV head, F32 [n_embd_v, n_kv], and the L1 norm of each, F32 [n_kv]
+    virtual ggml_tensor * build_v     (int64_t ih) = 0;
+    virtual ggml_tensor * build_v_norm(int64_t ih) = 0;
 };
 
 // a token-scoring rule: which cells of a layer are worth keeping
@@ -22,19 +42,17 @@ class llama_kv_score_i {
 public:
     virtual ~llama_kv_score_i() = default;
 
-    virtual const char * name() const = 0;
-
-    // false: scoring needs no attention, accumulate() is never called
-    virtual bool needs_attn() const = 0;
-
-    // weight the attention by the L1 norm of the value
-    virtual bool weights_value() const = 0;
+    // false: scoring needs no attention, build() and accumulate() are never called
+    virtual bool needs_attn() const { return true; }
 
     // sample the last queries of a chunk, not some that are spread over it
-    virtual bool samples_last() const = 0;
+    virtual bool samples_last() const { return false; }
+
+    // one number for each cell, F32 [n_kv]: by default the attention summed over queries and heads
+    virtual ggml_tensor * build(llama_kv_attn_graph_i & attn) const;
 
     // add what the sampled queries say to cells.acc and cells.cnt, n_tokens: tokens seen since the last call
-    virtual void accumulate(llama_kv_depth_cells & cells, const llama_kv_attn & attn, uint32_t n_tokens) const = 0;
+    virtual void accumulate(llama_kv_depth_cells & cells, const llama_kv_attn & attn, uint32_t n_tokens) const;
 
     // scores [cells.used_max_p1()], the values for empty cells do not matter
     virtual void score(const llama_kv_depth_cells & cells, int32_t il, std::vector<float> & scores) const = 0;
@@ -47,11 +65,21 @@ llama_kv_score_ptr llama_kv_score_init_window();
 llama_kv_score_ptr llama_kv_score_init_streaming();
 llama_kv_score_ptr llama_kv_score_init_random();
 
+struct llama_kv_score_info {
+    const char * name;
+    const char * desc;
+
+    llama_kv_score_ptr (*init)();
+};
+
+// every scorer, the default one first
+const std::vector<llama_kv_score_info> & llama_kv_score_list();
+
 // nullptr if there is no scorer with that name
 llama_kv_score_ptr llama_kv_score_init(const std::string & name);
 
 // names of all scorers, for error messages
-const char * llama_kv_score_names();
+std::string llama_kv_score_names();
 
 // choose n_evict rows of the layer to free: the lowest scores, the older token first among equals
 // tokens before n_sink, the last n_recent ones and pinned ones are safe

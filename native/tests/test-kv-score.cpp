@@ -81,7 +81,7 @@ static void test_attention() {
     auto cells = make_cells(4);
     auto score = llama_kv_score_init("attention");
 
-    CHECK(score->needs_attn() && score->weights_value() && !score->samples_last());
+    CHECK(score->needs_attn() && !score->samples_last());
 
     std::vector<float> s;
 
@@ -107,7 +107,7 @@ static void test_window() {
     auto cells = make_cells(12);
     auto score = llama_kv_score_init("window");
 
-    CHECK(score->needs_attn() && !score->weights_value() && score->samples_last());
+    CHECK(score->needs_attn() && score->samples_last());
 
     llama_kv_attn attn;
     attn.mass.assign(12, 0.0f);
@@ -154,6 +154,8 @@ static void test_controls() {
     CHECK(mean > 0.45 && mean < 0.55);
 
     CHECK(!llama_kv_score_init("nonsense"));
+
+    CHECK(llama_kv_score_names() == "attention, window, streaming, random");
 }
 
 int main() {

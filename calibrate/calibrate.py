@@ -21,7 +21,6 @@ from depthkv_edge.calibrate import exact, fast
 from depthkv_edge.calibrate.calibrate_settings import BOTH, EXACT, FAST, CalibrateSettings
 from depthkv_edge.calibrate.corpus import Corpus, build_corpus, printable
 from depthkv_edge.calibrate.curves import Curves, build_curves, curve_correlation, layer_correlation
-from depthkv_edge.calibrate.evict import N_RECENT, N_SINK
 from depthkv_edge.calibrate.heldout import DEFAULT_RULE, UNIFORM, HeldOut, allocate, check
 from depthkv_edge.calibrate.load import (
     Source,
@@ -35,10 +34,10 @@ from depthkv_edge.calibrate.load import (
 )
 from depthkv_edge.calibrate.match import check_match
 from depthkv_edge.calibrate.parallel import Processes, join_processes
-from depthkv_edge.calibrate.scorers import get_scorer
 from depthkv_edge.calibrate.state import SavedState, fingerprint
 from depthkv_edge.calibrate.target import Target, inspect_model
 from depthkv_edge.calibrate.window import prefill, run_tail
+from depthkv_edge.engine.rules import N_RECENT, N_SINK
 from depthkv_edge.errors import DepthKVError
 from depthkv_edge.measure.progress import progress
 from depthkv_edge.modelfile.keys import CHECK_BUDGET, Calibration, read_budget
@@ -208,7 +207,7 @@ def _measure(
     methods = _methods(settings)
     mine = range(processes.rank, settings.windows, processes.count)
     layer_ids, n_layers = target.layer_ids, len(target.layers)
-    scorer, plans = get_scorer(settings.scorer), settings.plans(len(layer_ids))
+    scorer, plans = settings.scorer, settings.plans(len(layer_ids))
 
     def missing(method: str, window: int) -> list[int]:
         return [layer for layer in layer_ids if state.get(method, window, layer) is None]
@@ -278,7 +277,7 @@ def _check(settings: CalibrateSettings, target: Target, corpus: Corpus, curves: 
     n_tokens = settings.window_tokens
     uniform = allocate(UNIFORM, n_tokens, settings.ratios, curves.sensitivity)
     calibrated = allocate(DEFAULT_RULE, n_tokens, settings.ratios, curves.sensitivity)
-    scorer = get_scorer(settings.scorer)
+    scorer = settings.scorer
     total = len(corpus.held_out) * (n_tokens - settings.tail_tokens(EXACT))
     with progress("checking", total, _AVERAGE_SECONDS) as advance:
         found = check(target, corpus.held_out, settings.tail_tokens(EXACT), scorer, uniform, calibrated, advance)

@@ -7,9 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from depthkv_edge.calibrate.evict import N_CELLS_MIN, aligned
-from depthkv_edge.calibrate.scorers import get_scorer
 from depthkv_edge.calibrate.window import LayerCells
+from depthkv_edge.engine.rules import N_CELLS_MIN, aligned, check_scorer
 from depthkv_edge.errors import DepthKVError
 from depthkv_edge.modelfile.keys import CHECK_BUDGET
 
@@ -51,7 +50,7 @@ class CalibrateSettings:
         Raises:
             DepthKVError: one is out of range.
         """
-        get_scorer(self.scorer)
+        check_scorer(self.scorer)
         if self.windows < 1:
             raise DepthKVError(f"--windows {self.windows} is not above 0: give 1 or more")
         if not self.ratios or any(not 0 < ratio < 1 for ratio in self.ratios):

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from depthkv_edge.calibrate.corpus import WindowTokens
-from depthkv_edge.calibrate.evict import N_ALIGN, N_CELLS_MIN
-from depthkv_edge.calibrate.scorer import Scorer
 from depthkv_edge.calibrate.target import Target
 from depthkv_edge.calibrate.window import LayerCells, prefill, run_tail
+from depthkv_edge.engine import capi
+from depthkv_edge.engine.rules import N_ALIGN, N_CELLS_MIN
 from depthkv_edge.modelfile.keys import CHECK_BUDGET
 
 UNIFORM = "uniform"
@@ -53,8 +53,6 @@ def allocate(rule: str, n_tokens: int, keep_ratios: Sequence[float], sensitivity
     Raises:
         DepthKVError: the budget is below the floor of the layers.
     """
-    from depthkv_edge.engine import capi  # loads the engine's library, which nothing else here needs
-
     n_layers = len(sensitivity)
     curves = {} if rule == UNIFORM else {"keep_ratios": keep_ratios, "sensitivity": sensitivity}
     cells = capi.alloc(CHECK_BUDGET, n_layers, n_tokens, rule=rule, n_floor=N_CELLS_MIN, n_align=N_ALIGN, **curves)
@@ -65,7 +63,7 @@ def check(
     target: Target,
     windows: Sequence[WindowTokens],
     n_tail: int,
-    scorer: Scorer,
+    scorer: str,
     uniform: LayerCells,
     calibrated: LayerCells,
     on_step: Callable[[int], None] = lambda n: None,

@@ -1,24 +1,28 @@
-"""The catalogue of token-scoring rules, one line each."""
+"""What token-scoring rules make of attention before the engine counts it: one file for each that differs from the sum.
+
+The rest of a rule, what it counts and how it scores, is the engine's own code: `engine.sim`.
+"""
 
 from __future__ import annotations
 
-from depthkv_edge.calibrate.score_attention import ATTENTION
-from depthkv_edge.calibrate.score_random import RANDOM
-from depthkv_edge.calibrate.score_streaming import STREAMING
-from depthkv_edge.calibrate.score_window import WINDOW
-from depthkv_edge.calibrate.scorer import Scorer
-from depthkv_edge.errors import DepthKVError
+from collections.abc import Callable
 
-SCORERS = {scorer.name: scorer for scorer in (ATTENTION, WINDOW, STREAMING, RANDOM)}
+import torch
+
+from depthkv_edge.calibrate import score_attention
+
+Mass = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+"""(attention [n_heads_kv, n_group * n_queries, n], values [n_heads_kv, n, head_size]) -> float32 [n]."""
 
 
-def get_scorer(name: str) -> Scorer:
-    """A rule by its name in the engine.
+def _summed(weights: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """Over queries and heads: llama_kv_score_i::build() in native/src/llama-kv-score.cpp."""
+    return weights.sum(dim=1).sum(dim=0)
 
-    Raises:
-        DepthKVError: there is none.
-    """
-    try:
-        return SCORERS[name]
-    except KeyError:
-        raise DepthKVError(f"unknown scorer '{name}': use one of {', '.join(SCORERS)}") from None
+
+_MASS: dict[str, Mass] = {"attention": score_attention.mass}
+
+
+def mass_of(scorer: str) -> Mass:
+    """By the name of the rule in the engine."""
+    return _MASS.get(scorer, _summed)

@@ -14,9 +14,10 @@ from transformers.cache_utils import DynamicLayer
 
 from depthkv_edge.calibrate.attention import AttentionCall, attend, attention_weights, observe
 from depthkv_edge.calibrate.divergence import mean_divergence
-from depthkv_edge.calibrate.evict import Held, n_ubatch, sampled_queries, simulate
-from depthkv_edge.calibrate.scorer import Scorer
+from depthkv_edge.calibrate.scorers import Mass, mass_of
 from depthkv_edge.calibrate.target import Target, layer_inputs
+from depthkv_edge.engine.rules import SCORERS, n_ubatch
+from depthkv_edge.engine.sim import AttentionOf, Held, sampled_queries, simulate
 
 _PREFILL_CHUNK = 512  # tokens of one forward pass: bounds the activations
 _HEAD_CHUNK = 128  # rows of logits that exist at once
@@ -42,7 +43,7 @@ class Prefilled:
         tail: int64 [1, n_tail] tokens over which divergence is measured.
         n_past: tokens before the tail.
         cache: KV cache of the tokens before the tail; copies of it are run on, it stays as it is.
-        scorer: chooses what is evicted.
+        scorer: name of the token-scoring rule that chooses what is evicted.
         plans: how many cells there are.
     """
 
@@ -50,7 +51,7 @@ class Prefilled:
     tail: torch.Tensor
     n_past: int
     cache: DynamicCache
-    scorer: Scorer
+    scorer: str
     plans: Sequence[LayerCells]
     samples: _QuerySamples
 
@@ -68,7 +69,7 @@ class Prefilled:
         if call.layer not in self.target.layer_ids:
             return [None] * len(self.plans)
         i = self.target.layer_ids.index(call.layer)
-        attention_of = _attention_of(call, self.samples.of(call, self.n_past), self.scorer.weights_value)
+        attention_of = _attention_of(call, self.samples.of(call, self.n_past), mass_of(self.scorer))
         return [
             simulate(self.scorer, call.layer, self.n_tokens, plan.cells[i], plan.n_ubatch, attention_of, self.n_past)
             if plan.cells[i] < self.n_tokens
@@ -169,7 +170,7 @@ def prefill(
     target: Target,
     tokens: Sequence[int],
     n_tail: int,
-    scorer: Scorer,
+    scorer: str,
     plans: Sequence[LayerCells],
     on_prefill: Callable[[int], None] = lambda n: None,
 ) -> Prefilled:
@@ -214,9 +215,9 @@ def run_tail(prefilled: Prefilled) -> Window:
 class _QuerySamples:
     """The queries that some plan samples, kept from prefill: a few of all, so that memory stays small."""
 
-    def __init__(self, scorer: Scorer, n_tokens: int, plans: Sequence[LayerCells]):
+    def __init__(self, scorer: str, n_tokens: int, plans: Sequence[LayerCells]):
         wanted = np.zeros(n_tokens, bool)
-        if scorer.needs_attn:
+        if SCORERS[scorer].needs_attn:
             for ubatch in {plan.n_ubatch for plan in plans}:
                 wanted[np.concatenate(sampled_queries(scorer, n_tokens, ubatch))] = True
         self.wanted = wanted
@@ -235,15 +236,12 @@ class _QuerySamples:
         return np.flatnonzero(self.wanted), torch.cat([*self.kept[call.layer], tail], dim=1)
 
 
-def _attention_of(
-    call: AttentionCall, samples: tuple[np.ndarray, torch.Tensor], weights_value: bool
-) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
-    """Attention mass for `evict.simulate`, after llama_kv_cache_depth::compute_attn()."""
+def _attention_of(call: AttentionCall, samples: tuple[np.ndarray, torch.Tensor], mass: Mass) -> AttentionOf:
+    """Attention for `engine.sim.simulate`, after llama_kv_cache_depth::compute_attn()."""
     sample_pos, queries = samples
     n_heads, _, head_size = queries.shape
     key = call.key[0]
     n_heads_kv = key.shape[0]
-    value_norm = call.value[0].float().abs().sum(dim=-1) if weights_value else None  # [n_heads_kv, n_tokens]
 
     def attention_of(query_pos: np.ndarray, cell_pos: np.ndarray) -> np.ndarray:
         cells = torch.from_numpy(cell_pos).to(key.device)
@@ -252,10 +250,7 @@ def _attention_of(
         q = queries[:, rows].reshape(n_heads_kv, -1, head_size)
         scores_mask = torch.from_numpy(cell_pos[None, :] <= query_pos[:, None]).to(key.device)
         weights = _group_weights(call, q, key[:, cells], scores_mask, n_heads)
-        mass = weights.sum(dim=1)
-        if value_norm is not None:
-            mass = mass * value_norm[:, cells]
-        return mass.sum(dim=0).cpu().numpy()
+        return mass(weights, call.value[0][:, cells].float()).cpu().numpy()
 
     return attention_of
 

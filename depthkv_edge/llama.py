@@ -17,6 +17,7 @@ from depthkv_edge.engine import capi, log
 from depthkv_edge.engine.budget import Budget, parse_budget
 from depthkv_edge.engine.capi import llama_cpp
 from depthkv_edge.engine.context import KEY_BUDGET, Options, default_flash_attn, flash_attn_type, plan_params
+from depthkv_edge.engine.rules import check_alloc_rule, check_scorer
 from depthkv_edge.engine.stats import KVStats, read_stats
 from depthkv_edge.errors import DepthKVError
 from depthkv_edge.modelfile.packaged import check_gguf, resolve_model
@@ -91,7 +92,7 @@ class Llama(llama_cpp.Llama):
         if budget is not None and budget.is_auto:
             budget, kwargs["n_ubatch"] = _fit_free_memory(Path(model_path), budget, kwargs, flash_attn, scorer, rule)
             kwargs.setdefault("use_mmap", False)  # see fit.py
-        capi.clear_error()
+        capi.llama_depthkv_clear_error()
         with log.capture_errors(verbose) as lines:
             try:
                 overrides = dict(kv_overrides or {})
@@ -279,10 +280,10 @@ def _threads(kwargs: Mapping[str, Any]) -> dict[str, int]:
 
 
 def _check_options(scorer: str | None, rule: str | None, n_sink: int | None, n_recent: int | None, n_ctx: int) -> None:
-    if scorer is not None and scorer not in capi.SCORERS:
-        raise DepthKVError(f"scorer {scorer!r} is not known: give one of {', '.join(capi.SCORERS)}")
-    if rule is not None and rule not in capi.RULES:
-        raise DepthKVError(f"allocation rule {rule!r} is not known: give one of {', '.join(capi.RULES)}")
+    if scorer is not None:
+        check_scorer(scorer)
+    if rule is not None:
+        check_alloc_rule(rule)
     for name, value in (("n_sink", n_sink), ("n_recent", n_recent)):
         if value is not None:
             check_number(name, value)

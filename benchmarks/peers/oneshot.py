@@ -1,6 +1,6 @@
 """Ours in kvpress's regime: the prompt is read whole, each layer evicts once, then the cache grows.
 
-In torch, by the engine's rules (calibrate/evict.py) with the same scorer. Not faithful to the engine, which never holds
+In torch, by the engine's own code (engine/sim.py) with the same scorer. Not faithful to the engine, which never holds
 the whole prompt: here every query has seen all of it. One full cache is kept, and what a layer has lost is masked; the
 cells reported are those of a layer that evicts right after its attention.
 """
@@ -8,7 +8,7 @@ cells reported are those of a layer that evicts right after its attention.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -17,20 +17,33 @@ from transformers import DynamicCache
 from benchmarks.peers.plan import FULL, ONCE, Item, Plan, Window, one_pass_cells, record_key
 from benchmarks.peers.score import ask, score_tail
 from depthkv_edge.calibrate.attention import AttentionCall, attend, attention_weights, observe
-from depthkv_edge.calibrate.evict import N_CELLS_MIN, N_QUERY_SPAN_PP, N_WARMUP, evict, sampled_queries
-from depthkv_edge.calibrate.score_attention import ATTENTION
-from depthkv_edge.calibrate.score_streaming import STREAMING
-from depthkv_edge.calibrate.scorer import Attention, Cells, Scorer
+from depthkv_edge.calibrate.scorers import mass_of
 from depthkv_edge.calibrate.target import Target
 from depthkv_edge.calibrate.window import copy_cache
 from depthkv_edge.engine import capi
+from depthkv_edge.engine.rules import N_CELLS_MIN, N_QUERY_SPAN, N_WARMUP
+from depthkv_edge.engine.sim import LayerSim
 from depthkv_edge.measure.progress import LongWork
 from depthkv_edge.modelfile.keys import Calibration
 from depthkv_edge.quality.store import Record, Store
 
 METHODS = ("depth", "uniform", "streaming")
+ATTENTION, STREAMING = "attention", "streaming"
 
 _CHUNK = 512  # tokens of one forward pass of the prompt: bounds the activations
+
+
+@dataclass(frozen=True)
+class Judged:
+    """What the queries of a prompt say of the cells of a layer.
+
+    Attributes:
+        layer: layer index in the model.
+        passes: tokens that come, and what the queries that are then pending make of all so far; None if none are.
+    """
+
+    layer: int
+    passes: tuple[tuple[int, np.ndarray | None], ...]
 
 
 @dataclass(frozen=True)
@@ -38,29 +51,29 @@ class Prompt:
     """A prompt in a full cache.
 
     Attributes:
-        cells: of each layer, as its scorer sees them at the end of the prompt.
+        judged: of each layer.
         cache: copies of it are run on, it stays as it is.
     """
 
     target: Target
     n_tokens: int
-    cells: tuple[Cells, ...]
+    judged: tuple[Judged, ...]
     cache: DynamicCache
 
 
-def read_prompt(target: Target, tokens: Sequence[int], scorer: Scorer = ATTENTION) -> Prompt:
+def read_prompt(target: Target, tokens: Sequence[int]) -> Prompt:
     """Run a prompt, and have its cells judged by the queries that the engine would sample from its end.
 
     The engine counts the attention of N_WARMUP tokens before a layer evicts for the first time, in steps of
-    N_QUERY_SPAN_PP tokens of which a few are sampled.
+    N_QUERY_SPAN tokens of which a few are sampled.
     """
     ids = torch.tensor([list(tokens)], device=target.device)
     n_tokens = len(tokens)
-    judging = max(0, n_tokens - N_WARMUP - N_QUERY_SPAN_PP)  # start of the pass that holds every sampled query
-    cells: dict[int, Cells] = {}
+    judging = max(0, n_tokens - N_WARMUP - N_QUERY_SPAN)  # start of the pass that holds every sampled query
+    judged: dict[int, Judged] = {}
 
     def judge(call: AttentionCall) -> torch.Tensor:
-        cells[call.layer] = judged_cells(scorer, call)
+        judged[call.layer] = judge_cells(call)
         return attend(call)
 
     cache = target.new_cache()
@@ -70,33 +83,34 @@ def read_prompt(target: Target, tokens: Sequence[int], scorer: Scorer = ATTENTIO
                 target.hidden(ids[:, at : min(at + _CHUNK, judging)], cache)
         with observe(judge):
             target.hidden(ids[:, judging:], cache)
-    return Prompt(target, n_tokens, tuple(cells[layer] for layer in target.layer_ids), cache)
+    return Prompt(target, n_tokens, tuple(judged[layer] for layer in target.layer_ids), cache)
 
 
-def judged_cells(scorer: Scorer, call: AttentionCall) -> Cells:
-    """The cells of a layer with what the queries of the last tokens say of them.
+def judge_cells(call: AttentionCall) -> Judged:
+    """What the queries of the last tokens say of the cells of a layer.
 
     Args:
-        call: of the last tokens of a prompt, at least N_WARMUP + N_QUERY_SPAN_PP of them or all.
+        call: of the last tokens of a prompt, at least N_WARMUP + N_QUERY_SPAN of them or all.
     """
     n_tokens, n_queries = call.key.shape[2], call.query.shape[2]
-    pos = np.arange(n_tokens)
-    cells = Cells(call.layer, pos, np.zeros(n_tokens, np.float32), np.zeros(n_tokens, np.float32))
-    if not scorer.needs_attn:
-        return cells
     first = n_tokens - n_queries
-    # of tokens that have not come yet, queries say nothing: they stay at 0
-    ends = [end for end in range(n_tokens, 0, -N_QUERY_SPAN_PP) if end >= n_tokens - N_WARMUP and end > first][::-1]
-    for i, end in enumerate(ends):
-        start = max(first, end - N_QUERY_SPAN_PP)
-        queries = start + sampled_queries(scorer, end - start, end - start)[0]
-        mass = _attention_mass(call, torch.from_numpy(queries - first), queries, scorer.weights_value)
-        scorer.accumulate(cells, Attention(mass, queries), int(queries[-1]) - (ends[i - 1] - 1 if i else 0))
-    return cells
+    ends = [end for end in range(n_tokens, 0, -N_QUERY_SPAN) if end >= n_tokens - N_WARMUP and end > first][::-1]
+    sim = LayerSim(ATTENTION, call.layer, n_tokens)
+    start = max(first, ends[0] - N_QUERY_SPAN)
+    sim.add(start)
+    passes: list[tuple[int, np.ndarray | None]] = [(start, None)]
+    for end in ends:
+        sim.add(end - start)
+        queries = sim.pending()
+        mass = _attention_mass(call, torch.from_numpy(queries - first), queries)[:end]
+        sim.count(mass)
+        passes.append((end - start, mass))
+        start = end
+    return Judged(call.layer, tuple(passes))
 
 
-def _attention_mass(call: AttentionCall, rows: torch.Tensor, queries: np.ndarray, weights_value: bool) -> np.ndarray:
-    """Float32 [n_tokens] that some queries give to each cell, summed over them and the heads.
+def _attention_mass(call: AttentionCall, rows: torch.Tensor, queries: np.ndarray) -> np.ndarray:
+    """Float32 [n_tokens] that the scorer makes of what some queries give to each cell.
 
     Args:
         rows: of the queries in the call.
@@ -108,20 +122,20 @@ def _attention_mass(call: AttentionCall, rows: torch.Tensor, queries: np.ndarray
     mask = torch.arange(n_tokens, device=device)[None] <= torch.from_numpy(queries).to(device)[:, None]
     key = call.key[0].repeat_interleave(n_group, dim=0)
     weights = attention_weights(call.query[0][:, rows.to(device)], key, mask, call)
-    mass = weights.reshape(n_heads_kv, -1, n_tokens).sum(dim=1)
-    if weights_value:
-        mass = mass * call.value[0].float().abs().sum(dim=-1)
-    return mass.sum(dim=0).cpu().numpy()
+    return mass_of(ATTENTION)(weights.reshape(n_heads_kv, -1, n_tokens), call.value[0].float()).cpu().numpy()
 
 
-def keep(prompt: Prompt, scorer: Scorer, n_cells: Sequence[int]) -> list[np.ndarray]:
+def keep(prompt: Prompt, scorer: str, n_cells: Sequence[int]) -> list[np.ndarray]:
     """Positions, ascending, that each layer keeps when it evicts down to so many cells at once."""
     kept = []
-    for judged, n in zip(prompt.cells, n_cells, strict=True):
-        cells = replace(judged)
-        if n < prompt.n_tokens:
-            evict(cells, scorer, prompt.n_tokens - n)
-        kept.append(cells.pos)
+    for judged, n in zip(prompt.judged, n_cells, strict=True):
+        sim = LayerSim(scorer, judged.layer, prompt.n_tokens)
+        for n_new, mass in judged.passes:
+            sim.add(n_new)
+            if mass is not None:
+                sim.count(mass)
+        sim.evict(prompt.n_tokens - n)
+        kept.append(sim.pos)
     return kept
 
 
@@ -165,7 +179,7 @@ def measure(target: Target, calibration: Calibration, plan: Plan, store: Store) 
             watcher.title(f"ours, evicting once: {item.text}")
             prompt = read_prompt(target, item.prompt)
             watcher.advance(item.n_prompt)
-            everything = keep(prompt, ATTENTION, [item.n_prompt] * len(prompt.cells))
+            everything = keep(prompt, ATTENTION, [item.n_prompt] * len(prompt.judged))
             reference = predict(prompt, everything, item.tail) if isinstance(item, Window) else None
             for method, ratio in [(FULL, 1.0), *missing]:
                 kept = everything

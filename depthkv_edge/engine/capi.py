@@ -14,9 +14,15 @@ from depthkv_edge.errors import DepthKVError
 llama_cpp = library.import_bindings()
 _api = llama_cpp.llama_cpp  # the module that mirrors llama.h, and owns the library handle
 
-VERSION = 5  # LLAMA_DEPTHKV_VERSION
-SCORERS = ("attention", "window", "streaming", "random")
-RULES = ("uniform", "proportional", "optimal")
+VERSION = 6  # LLAMA_DEPTHKV_VERSION
+
+
+class llama_depthkv_rule(ctypes.Structure):
+    _fields_ = [
+        ("name", ctypes.c_char_p),
+        ("desc", ctypes.c_char_p),
+        ("needs_attn", ctypes.c_bool),
+    ]
 
 
 class llama_depthkv_budget(ctypes.Structure):
@@ -90,6 +96,17 @@ class llama_depthkv_alloc_params(ctypes.Structure):
     ]
 
 
+class llama_depthkv_constants(ctypes.Structure):
+    _fields_ = [
+        ("n_sink", ctypes.c_uint32),
+        ("n_recent", ctypes.c_uint32),
+        ("n_align", ctypes.c_uint32),
+        ("n_ubatch_min", ctypes.c_uint32),
+        ("n_query_span", ctypes.c_uint32),
+        ("n_warmup", ctypes.c_uint32),
+    ]
+
+
 def _other_build(what: str) -> DepthKVError:
     return DepthKVError(
         f"{_api._lib._name} {what}: it is not, or no longer, this package's build; "
@@ -118,6 +135,12 @@ if llama_depthkv_version() != VERSION:
     raise _other_build(f"has version {llama_depthkv_version()} of llama-depthkv.h, not {VERSION}")
 
 llama_depthkv_last_error = _bind("llama_depthkv_last_error", [], ctypes.c_char_p)
+llama_depthkv_clear_error = _bind("llama_depthkv_clear_error", [], None)
+
+# rules
+_rule_p = ctypes.POINTER(llama_depthkv_rule)
+llama_depthkv_get_scorer = _bind("llama_depthkv_get_scorer", [ctypes.c_int32, _rule_p], ctypes.c_bool)
+llama_depthkv_get_alloc = _bind("llama_depthkv_get_alloc", [ctypes.c_int32, _rule_p], ctypes.c_bool)
 
 # budget
 llama_depthkv_budget_parse = _bind(
@@ -175,6 +198,30 @@ llama_depthkv_alloc = _bind(
     "llama_depthkv_alloc", [llama_depthkv_alloc_params, ctypes.POINTER(ctypes.c_uint32)], ctypes.c_bool
 )
 
+# simulation
+_sim_p, _pos_p = ctypes.c_void_p, ctypes.POINTER(_pos)
+llama_depthkv_get_constants = _bind("llama_depthkv_get_constants", [], llama_depthkv_constants)
+llama_depthkv_n_ubatch = _bind("llama_depthkv_n_ubatch", [ctypes.c_uint32, ctypes.c_uint32], ctypes.c_uint32)
+llama_depthkv_sim_init = _bind(
+    "llama_depthkv_sim_init",
+    [ctypes.c_char_p, ctypes.c_int32, ctypes.c_uint32, ctypes.c_uint32, ctypes.c_uint32],
+    _sim_p,
+)
+llama_depthkv_sim_free = _bind("llama_depthkv_sim_free", [_sim_p], None)
+llama_depthkv_sim_queries = _bind(
+    "llama_depthkv_sim_queries", [_sim_p, ctypes.c_uint32, _pos_p, ctypes.c_int32], ctypes.c_int32
+)
+llama_depthkv_sim_pending = _bind("llama_depthkv_sim_pending", [_sim_p, _pos_p, ctypes.c_int32], ctypes.c_int32)
+llama_depthkv_sim_count = _bind("llama_depthkv_sim_count", [_sim_p, ctypes.POINTER(ctypes.c_float)], None)
+llama_depthkv_sim_evict = _bind("llama_depthkv_sim_evict", [_sim_p, ctypes.c_uint32], None)
+llama_depthkv_sim_add = _bind("llama_depthkv_sim_add", [_sim_p, ctypes.c_uint32], None)
+llama_depthkv_sim_positions = _bind("llama_depthkv_sim_positions", [_sim_p, _pos_p, ctypes.c_int32], ctypes.c_int32)
+llama_depthkv_sim_sample = _bind(
+    "llama_depthkv_sim_sample",
+    [ctypes.c_char_p, ctypes.c_uint32, ctypes.POINTER(ctypes.c_uint32), ctypes.c_int32],
+    ctypes.c_int32,
+)
+
 
 def last_error() -> str:
     """Why the last call of the C API on this thread failed; empty if nothing failed."""
@@ -196,7 +243,7 @@ def alloc(
 
     Args:
         budget: fraction of the full cache, in (0, 1].
-        rule: one of RULES. None: `optimal` if there are curves, else `uniform`.
+        rule: one of `engine.rules.ALLOC_RULES`. None: `optimal` if there are curves, else `uniform`.
         keep_ratios: [R] ascending, in (0, 1].
         sensitivity: [n_layers, R] nats per token, not increasing with the keep ratio.
         n_floor: least cells of a layer.
@@ -228,8 +275,3 @@ def alloc(
     if not llama_depthkv_alloc(params, cells):
         raise DepthKVError(last_error())
     return list(cells)
-
-
-def clear_error() -> None:
-    """Forget an earlier failure, so that `last_error` speaks only of what follows."""
-    alloc(1.0, 1, 1)

@@ -84,7 +84,7 @@ def load_without_weights(path: Path | str) -> Iterator[Any]:
     params = _api.llama_model_default_params()
     params.no_alloc = True
     params.load_mode = _api.LLAMA_LOAD_MODE_NONE
-    capi.clear_error()
+    capi.llama_depthkv_clear_error()
     with log.capture_errors(verbose=False) as lines:  # for as long as the model is used: contexts log too
         model = _api.llama_model_load_from_file(str(path).encode(), params)
         if model is None:

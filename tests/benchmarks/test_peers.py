@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
 from collections.abc import Iterator
@@ -34,11 +33,11 @@ from benchmarks.peers.plan import (
 from benchmarks.peers.score import ask, score_tail
 from benchmarks.peers.table import build_report, lines, print_report
 from depthkv_edge.calibrate.attention import AttentionCall, attend, observe
-from depthkv_edge.calibrate.evict import N_RECENT, N_SINK, simulate
-from depthkv_edge.calibrate.score_attention import ATTENTION
-from depthkv_edge.calibrate.score_streaming import STREAMING
+from depthkv_edge.calibrate.scorers import mass_of
 from depthkv_edge.calibrate.target import inspect_model
 from depthkv_edge.calibrate.window import _attention_of
+from depthkv_edge.engine.rules import N_RECENT, N_SINK
+from depthkv_edge.engine.sim import simulate
 from depthkv_edge.errors import DepthKVError
 from depthkv_edge.modelfile.keys import Calibration
 from depthkv_edge.quality.model import Model, load_model
@@ -71,13 +70,13 @@ def full_logits() -> torch.Tensor:
 
 
 def test_everything_kept_is_the_full_cache():
-    everything = oneshot.keep(prompt(), ATTENTION, [N_PROMPT] * 4)
+    everything = oneshot.keep(prompt(), "attention", [N_PROMPT] * 4)
     logits = oneshot.predict(prompt(), everything, TAIL)
     torch.testing.assert_close(logits, full_logits(), rtol=1e-4, atol=1e-4)
     assert max(score_tail(logits, oneshot.predict(prompt(), everything, TAIL), TAIL)["kl"]) == 0
 
 
-@pytest.mark.parametrize("scorer", [ATTENTION, STREAMING], ids=lambda scorer: scorer.name)
+@pytest.mark.parametrize("scorer", ["attention", "streaming"])
 def test_keeps_exactly_the_cells_asked_for(scorer):
     asked = [300, 120, 80, 217]
     kept = oneshot.keep(prompt(), scorer, asked)
@@ -90,20 +89,12 @@ def test_keeps_exactly_the_cells_asked_for(scorer):
 
 
 def test_streaming_keeps_sinks_and_the_most_recent():
-    (pos,) = {tuple(pos) for pos in oneshot.keep(prompt(), STREAMING, [90] * 4)}
+    (pos,) = {tuple(pos) for pos in oneshot.keep(prompt(), "streaming", [90] * 4)}
     assert pos == (*range(N_SINK), *range(N_PROMPT - 90 + N_SINK, N_PROMPT))
 
 
-def test_the_cells_that_attention_keeps_are_the_best_scored():
-    for cells, pos in zip(prompt().cells, oneshot.keep(prompt(), ATTENTION, [100] * 4), strict=True):
-        scores = ATTENTION.score(cells)
-        gone = np.setdiff1d(np.arange(N_PROMPT), pos)
-        chosen = pos[(pos >= N_SINK) & (pos < N_PROMPT - N_RECENT)]
-        assert scores[gone].max() <= scores[chosen].min()
-
-
 def test_a_mask_is_an_eviction():
-    kept = oneshot.keep(prompt(), ATTENTION, [110] * 4)
+    kept = oneshot.keep(prompt(), "attention", [110] * 4)
     cache = DynamicCache(config=target().model.config)
     for layer, (pos, whole) in enumerate(zip(kept, prompt().cache.layers, strict=True)):
         cache.update(whole.keys[:, :, pos], whole.values[:, :, pos], layer)
@@ -129,7 +120,7 @@ def test_a_mask_is_an_eviction():
 def test_cells_are_judged_as_the_engine_judges_before_its_first_eviction():
     n_tokens = 896
     tokens = make_tokens(n_tokens, seed=3)
-    judged = oneshot.read_prompt(target(), tokens).cells[2]
+    judged = oneshot.read_prompt(target(), tokens).judged[2]
     calls: dict[int, AttentionCall] = {}
 
     def watch(call: AttentionCall) -> torch.Tensor:
@@ -138,26 +129,26 @@ def test_cells_are_judged_as_the_engine_judges_before_its_first_eviction():
 
     with torch.no_grad(), observe(watch):
         target().hidden(torch.tensor([tokens]), target().new_cache())
-    attention_of = _attention_of(calls[2], (np.arange(n_tokens), calls[2].query[0]), True)
-    seen = []
+    attention_of = _attention_of(calls[2], (np.arange(n_tokens), calls[2].query[0]), mass_of("attention"))
+    counted = []
 
-    def capture(cells):
-        seen.append(dataclasses.replace(cells))
-        return ATTENTION.score(cells)
+    def record(queries: np.ndarray, cells: np.ndarray) -> np.ndarray:
+        counted.append(attention_of(queries, cells))
+        return counted[-1]
 
     # a layer of as many cells as the prompt has tokens evicts when the next ubatch comes
-    scorer = dataclasses.replace(ATTENTION, score=capture)
-    simulate(scorer, 2, n_tokens + 128, n_tokens, 128, attention_of)
-    np.testing.assert_array_equal(seen[0].pos, judged.pos)
-    np.testing.assert_allclose(judged.acc, seen[0].acc, rtol=1e-4, atol=1e-6)
-    np.testing.assert_allclose(judged.cnt, seen[0].cnt, rtol=1e-5)
+    simulate("attention", 2, n_tokens + 128, n_tokens, 128, record)
+    masses = [mass for _, mass in judged.passes if mass is not None]
+    assert len(masses) == len(counted) == 5
+    for ours, engine in zip(masses, counted, strict=True):
+        np.testing.assert_allclose(ours, engine, rtol=1e-4, atol=1e-6)
 
 
 def test_a_prompt_of_any_length_is_judged_to_its_end():
     for n_tokens in (70, 300, 640, 700):
-        (judged, *_) = oneshot.read_prompt(target(), make_tokens(n_tokens)).cells
-        assert (judged.cnt > 0).all()  # the last token sees itself
-        assert judged.cnt[0] == judged.cnt.max()
+        (judged, *_) = oneshot.read_prompt(target(), make_tokens(n_tokens)).judged
+        assert sum(n for n, _ in judged.passes) == n_tokens
+        assert (judged.passes[-1][1] > 0).all()  # the last token sees itself
 
 
 def calibration(rule: str = "optimal") -> Calibration:
@@ -190,7 +181,7 @@ def test_measures_everything_once(tmp_path):
     assert full["kl"] == [0.0] * (N_TAIL - 1) and all(full["top1"])
     assert pruned["cells"] == one_pass_cells([90] * 4, N_PROMPT, N_TAIL)
     answers = store[record_key(asked, ONCE, FULL, 1.0)]["log_prob"]
-    kept = oneshot.keep(prompt(), ATTENTION, [N_PROMPT] * 4)
+    kept = oneshot.keep(prompt(), "attention", [N_PROMPT] * 4)
     logits = oneshot.predict(prompt(), kept, TAIL[:4]).log_softmax(dim=-1)
     assert answers[1] == pytest.approx(float(logits[3, 7]), abs=1e-4)
 

@@ -8,14 +8,13 @@ import pytest
 import torch
 from transformers.quantizers import quantizer_gguf
 
-from depthkv_edge.calibrate.evict import n_ubatch
 from depthkv_edge.calibrate.load import find_source, quiet
 from depthkv_edge.calibrate.load import load_model as load_hf
-from depthkv_edge.calibrate.scorers import get_scorer
 from depthkv_edge.calibrate.target import inspect_model
 from depthkv_edge.calibrate.window import LayerCells, prefill, run_tail
 from depthkv_edge.engine import capi, log
 from depthkv_edge.engine.capi import llama_cpp
+from depthkv_edge.engine.rules import n_ubatch
 from depthkv_edge.quality.f32 import write_f32
 from depthkv_edge.quality.model import load_model
 
@@ -72,7 +71,7 @@ def held_by_engine(model: int, tokens: list[int], index: int, n_cells: int, scor
 def held_by_simulation(target, tokens: list[int], index: int, n_cells: int, scorer: str) -> set[int]:
     cells = [N_TOKENS] * len(target.layer_ids)
     cells[index] = n_cells
-    window = run_tail(prefill(target, tokens, N_TAIL, get_scorer(scorer), [LayerCells(tuple(cells))]))
+    window = run_tail(prefill(target, tokens, N_TAIL, scorer, [LayerCells(tuple(cells))]))
     last = window.held[target.layer_ids[index]][0][-1]
     assert n_ubatch(n_cells) == 32
     return set(last.pos.tolist()) | set(range(last.start, N_TOKENS))

@@ -15,10 +15,9 @@ from support.tiny_hf import FAMILIES, REFUSED, make_model, make_tokens
 from depthkv_edge.calibrate import exact, fast
 from depthkv_edge.calibrate.attention import AttentionCall
 from depthkv_edge.calibrate.divergence import divergence
-from depthkv_edge.calibrate.evict import Held
-from depthkv_edge.calibrate.scorers import get_scorer
 from depthkv_edge.calibrate.target import inspect_model
 from depthkv_edge.calibrate.window import LayerCells, _attention_of, prefill, run_tail
+from depthkv_edge.engine.sim import Held
 from depthkv_edge.errors import DepthKVError
 
 N_TOKENS, N_TAIL = 300, 60
@@ -29,7 +28,7 @@ def opened(family: str, scorer: str = "attention"):
     """A window of a family with plans of 80 and 150 cells, and of as many as there are tokens."""
     target = inspect_model(make_model(family))
     plans = [LayerCells((n,) * len(target.layer_ids)) for n in (80, 150, N_TOKENS)]
-    return run_tail(prefill(target, make_tokens(N_TOKENS), N_TAIL, get_scorer(scorer), plans))
+    return run_tail(prefill(target, make_tokens(N_TOKENS), N_TAIL, scorer, plans))
 
 
 def whole_pass(family: str, masks: dict[int, torch.Tensor]) -> torch.Tensor:
@@ -192,7 +191,7 @@ def test_fast_says_what_is_not_finite():
         target = inspect_model(model)
         model.lm_head.weight[0, 0] = float("nan")
     plans = [LayerCells((80,) * 4)]
-    found = fast.measure_window(prefill(target, make_tokens(N_TOKENS), N_TAIL, get_scorer("streaming"), plans), 0)
+    found = fast.measure_window(prefill(target, make_tokens(N_TOKENS), N_TAIL, "streaming", plans), 0)
     assert all(np.isnan(curve).all() for curve in found.values())
 
 

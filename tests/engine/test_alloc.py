@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from depthkv_edge import DepthKVError
 from depthkv_edge.engine import capi
+from depthkv_edge.engine.rules import ALLOC_RULES
 
 N_CTX, ALIGN = 4096, 32
 RATIOS = (0.1, 0.2, 0.4, 0.7)
@@ -37,7 +38,7 @@ def cells_of(rule: str, budget: float, loss: np.ndarray, n_floor: int = 1) -> np
     )
 
 
-@pytest.mark.parametrize("rule", capi.RULES)
+@pytest.mark.parametrize("rule", ALLOC_RULES)
 @given(loss=curves, budget=budgets, floor_share=st.floats(0, 1))
 def test_within_budget_floor_and_ceiling(rule, loss, budget, floor_share):
     floor = int(floor_share * budget * N_CTX) // ALIGN * ALIGN
@@ -50,7 +51,7 @@ def test_within_budget_floor_and_ceiling(rule, loss, budget, floor_share):
     assert (cells % ALIGN == 0).all()
 
 
-@pytest.mark.parametrize("rule", capi.RULES)
+@pytest.mark.parametrize("rule", ALLOC_RULES)
 @given(loss=curves, first=budgets, second=budgets)
 def test_more_budget_takes_no_cell_away(rule, loss, first, second):
     less, more = (cells_of(rule, budget, loss) for budget in sorted((first, second)))
@@ -82,7 +83,7 @@ def test_more_sensitive_layer_gets_no_less(rule, loss, budget):
 
 
 def test_equal_layers_share_equally():
-    for rule in capi.RULES:
+    for rule in ALLOC_RULES:
         cells = cells_of(rule, 0.4, np.tile(np.float32([0.4, 0.2, 0.1, 0.05]), (7, 1)))
         assert cells.max() - cells.min() <= ALIGN
 

@@ -12,6 +12,7 @@ from support.tiny import write_llama
 
 from depthkv_edge import DepthKVError, Llama
 from depthkv_edge.engine import capi, library
+from depthkv_edge.engine.rules import SCORERS
 
 HEADER = Path(__file__).parents[2] / "native" / "include" / "llama-depthkv.h"
 
@@ -40,7 +41,7 @@ def test_last_error_is_of_the_last_call():
     with pytest.raises(DepthKVError, match="budget"):
         capi.alloc(1.5, 2, 100)
     assert capi.last_error()
-    capi.clear_error()
+    capi.llama_depthkv_clear_error()
     assert capi.last_error() == ""
 
 
@@ -95,7 +96,7 @@ def test_no_torch():
     assert outcome.code == 0, outcome.err
 
 
-@pytest.mark.parametrize("scorer", capi.SCORERS)
+@pytest.mark.parametrize("scorer", SCORERS)
 def test_every_scorer_is_known_to_the_engine(load, tmp_path, scorer):
     llama = load(write_llama(tmp_path / "m.gguf"), kv_budget=0.5, scorer=scorer)
     assert llama.kv_stats().scorer == scorer

@@ -12,6 +12,7 @@ from test_calibration_keys import example
 
 from depthkv_edge import DepthKVError, Llama
 from depthkv_edge.engine import capi
+from depthkv_edge.engine.rules import ALLOC_RULES
 from depthkv_edge.modelfile.keys import Calibration
 from depthkv_edge.modelfile.writer import write_calibrated
 from depthkv_edge.quality.f32 import write_f32
@@ -50,7 +51,7 @@ def stats_of(path: Path, **options):
     return stats
 
 
-@pytest.mark.parametrize("rule", [None, *capi.RULES])
+@pytest.mark.parametrize("rule", [None, *ALLOC_RULES])
 @pytest.mark.parametrize("budget", [0.2, 0.4, 0.6])
 def test_cells_follow_the_curves(model, calibration, rule, budget):
     stats = stats_of(model, kv_budget=budget, rule=rule)

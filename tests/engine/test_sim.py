@@ -1,4 +1,4 @@
-"""Eviction as calibration simulates it, against a slow account of the engine's rules written apart from it."""
+"""A layer of the engine that a text passes through, against a slow account of the rules written apart from it."""
 
 from __future__ import annotations
 
@@ -9,9 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from depthkv_edge.calibrate.evict import N_CELLS_MIN, N_RECENT, N_SINK, aligned, n_ubatch, sampled_queries, simulate
-from depthkv_edge.calibrate.scorer import Cells
-from depthkv_edge.calibrate.scorers import SCORERS, get_scorer
+from depthkv_edge.engine.rules import N_CELLS_MIN, N_RECENT, N_SINK, SCORERS, aligned, n_ubatch
+from depthkv_edge.engine.sim import LayerSim, sampled_queries, simulate
 from depthkv_edge.errors import DepthKVError
 
 F = np.float32
@@ -104,7 +103,7 @@ def test_same_cells_as_the_slow_account(rule, layer, n_tokens, n_cells, ubatch, 
         ubatch,
         lambda queries, cells: dict(zip(cells, mass(queries, cells), strict=True)),
     )
-    found = simulate(get_scorer(rule), layer, n_tokens, n_cells, ubatch, mass)
+    found = simulate(rule, layer, n_tokens, n_cells, ubatch, mass)
     assert [(h.start, h.pos.tolist()) for h in found] == expected
 
 
@@ -112,7 +111,7 @@ def test_same_cells_as_the_slow_account(rule, layer, n_tokens, n_cells, ubatch, 
 @given(rule=st.sampled_from(sorted(SCORERS)), n_tokens=st.integers(100, 1200), n_cells=st.integers(N_CELLS_MIN, 600))
 def test_bounded_with_sinks_and_recent_tokens(rule, n_tokens, n_cells):
     ubatch = n_ubatch(n_cells)
-    held = simulate(get_scorer(rule), 0, n_tokens, n_cells, ubatch, lambda q, c: np.ones(len(c), F))
+    held = simulate(rule, 0, n_tokens, n_cells, ubatch, lambda q, c: np.ones(len(c), F))
     for h in held:
         n = min(ubatch, n_tokens - h.start)
         assert len(h.pos) + n <= n_cells
@@ -121,16 +120,10 @@ def test_bounded_with_sinks_and_recent_tokens(rule, n_tokens, n_cells):
 
 
 def test_first_leaves_out_what_ends_before_it():
-    everything = simulate(get_scorer("streaming"), 0, 600, 100, 32, None)
+    everything = simulate("streaming", 0, 600, 100, 32, None)
     assert [h.start for h in everything if h.start + 32 > 500] == [
-        h.start for h in simulate(get_scorer("streaming"), 0, 600, 100, 32, None, first=500)
+        h.start for h in simulate("streaming", 0, 600, 100, 32, None, first=500)
     ]
-
-
-@given(layer=st.integers(0, 200), pos=st.lists(st.integers(0, 2**24), min_size=1, unique=True))
-def test_random_is_the_hash_of_the_engine(layer, pos):
-    cells = Cells(layer, np.array(sorted(pos)), np.zeros(len(pos), F), np.zeros(len(pos), F))
-    assert get_scorer("random").score(cells).tolist() == [splitmix(layer, p) for p in sorted(pos)]
 
 
 def test_ubatch():
@@ -144,11 +137,17 @@ def test_cells_are_rounded_up_as_the_engine_does():
 
 def test_every_ubatch_samples_its_last_token():
     for ubatch in (32, 96, 160):
-        for rule in SCORERS.values():
+        for rule in SCORERS:
             sampled = sampled_queries(rule, 500, ubatch)
             assert [int(q[-1]) for q in sampled] == [min(s + ubatch, 500) - 1 for s in range(0, 500, ubatch)]
 
 
-def test_unknown_scorer():
-    with pytest.raises(DepthKVError, match="'magic'.*attention"):
-        get_scorer("magic")
+def test_what_cannot_be():
+    with pytest.raises(DepthKVError, match="unknown scorer 'magic': use one of attention, window"):
+        LayerSim("magic", 0, 100)
+    with pytest.raises(DepthKVError, match="unknown scorer 'magic'"):
+        sampled_queries("magic", 100, 32)
+    with pytest.raises(DepthKVError, match="layer capacity 36 has no room beside 4 sinks \\+ 32 recent"):
+        LayerSim("attention", 0, 36)
+    with pytest.raises(ValueError, match="attention of"):
+        LayerSim("attention", 0, 100).count(np.zeros(3, F))

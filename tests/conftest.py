@@ -13,10 +13,15 @@ from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
 
+import numpy as np
 import pytest
+from support.keys import example
+from support.native_server import Server
 
 from depthkv_edge import DepthKVError, Llama
+from depthkv_edge.modelfile.keys import Calibration
 from depthkv_edge.modelfile.packaged import resolve_model
+from depthkv_edge.modelfile.writer import write_calibrated
 
 
 @dataclass(frozen=True)
@@ -105,3 +110,38 @@ def document(smollm2: Path, tokens: list[int]) -> Callable[[int], str]:
             return llama.detokenize(tokens[:n_tokens]).decode("utf-8", "ignore")
 
     return make
+
+
+@pytest.fixture(scope="session")
+def calibration() -> Calibration:
+    """What `depthkv-edge calibrate smollm2` measured, to three digits."""
+    curves = json.loads((Path(__file__).parent / "data" / "smollm2-sensitivity.json").read_text())
+    sensitivity = np.float32(curves["sensitivity"])
+    return example(
+        layer_ids=tuple(range(30)),
+        keep_ratios=tuple(curves["keep_ratios"]),
+        sensitivity=sensitivity,
+        sensitivity_se=sensitivity / 4,
+        rule="",
+    )
+
+
+@pytest.fixture(scope="session")
+def calibrated(smollm2, calibration, tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("calibrated") / "smollm2.gguf"
+    write_calibrated(smollm2, path, calibration)
+    return path
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Server]]:
+    started: list[Server] = []
+
+    def make(*arguments: Any, **kwargs: Any) -> Server:
+        started.append(Server(tmp_path_factory.mktemp("server") / "log", *arguments, **kwargs))
+        return started[-1]
+
+    yield make
+    for server in started:
+        if server.process.poll() is None:
+            server.close()

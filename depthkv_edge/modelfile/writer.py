@@ -28,8 +28,8 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
 from depthkv_edge.errors import DepthKVError
-from depthkv_edge.modelfile.keys import PREFIX, Calibration, KeyValue, to_keys
-from depthkv_edge.modelfile.reader import block_count, open_gguf, scalar
+from depthkv_edge.modelfile.keys import PREFIX, Calibration, KeyValue, read_calibration, to_keys
+from depthkv_edge.modelfile.reader import open_gguf, scalar
 
 TEMPORARY_SUFFIX = ".depthkv-tmp"  # what a killed run leaves behind: <target>.<8 hex digits>.depthkv-tmp
 
@@ -89,10 +89,6 @@ def write_calibrated(source: Path, target: Path, calibration: Calibration) -> No
     _remove_leftovers(_resolve(target))
     check_writable(source, target)
     reader = open_gguf(source)
-    try:
-        calibration.check(block_count(reader))
-    except DepthKVError as error:
-        raise DepthKVError(f"model {source}: {error}") from None
     layout, infos = _layout(reader), _tensor_infos(reader)
     del reader  # unmaps the file, which some systems do not replace while it is mapped
 
@@ -105,6 +101,7 @@ def write_calibrated(source: Path, target: Path, calibration: Calibration) -> No
         file.close()
         if _tensor_infos(open_gguf(temporary)) != infos:
             raise DepthKVError(f"{temporary} does not read back as it was written: check the disk and try again")
+        read_calibration(temporary)
         os.replace(temporary, target)
         _sync_directory(target.parent)
 

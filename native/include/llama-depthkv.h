@@ -248,6 +248,14 @@ struct llama_depthkv_alloc_params {
 LLAMA_API bool llama_depthkv_alloc(struct llama_depthkv_alloc_params params, uint32_t * cells);
 
 //
+// keys
+//
+
+// whether the keys `depthkv.*` of a GGUF are whole and sound; false, with a line in llama_depthkv_last_error() that names the
+// key. a file without them is sound. the model is not loaded
+LLAMA_API bool llama_depthkv_check_file(const char * path);
+
+//
 // simulation (pure)
 //
 // which tokens of a text a layer would hold, by the code of the cache and without a model: what eviction costs can be measured

@@ -1,4 +1,4 @@
-// rules, and the simulation of one layer
+// rules, keys of a file, and the simulation of one layer
 
 #include "llama-depthkv.h"
 
@@ -56,6 +56,20 @@ bool llama_depthkv_get_alloc(int32_t i, llama_depthkv_rule * rule) {
     *rule = { list[i].name, list[i].desc, false };
 
     return true;
+}
+
+//
+// keys
+//
+
+bool llama_depthkv_check_file(const char * path) {
+    return llama_depthkv_try(false, [&]() {
+        llama_depthkv_check_ptr(path, "path");
+
+        llama_kv_depth_params().load(path);
+
+        return true;
+    });
 }
 
 //

@@ -44,6 +44,9 @@ struct llama_kv_depth_params {
     // the keys `depthkv.*`, file and key-value overrides; throws one line that names the key
     void load(llama_model_loader & ml);
 
+    // the same of a file, without loading it
+    void load(const char * path);
+
     // throws one line that names the value
     void check() const;
 };

@@ -9,7 +9,6 @@ import pytest
 from conftest import run_python
 from hypothesis import given
 from hypothesis import strategies as st
-from test_calibrated import calibration, model  # noqa: F401
 
 from depthkv_edge import DepthKVError
 from depthkv_edge.chat.answer import token_bytes
@@ -309,12 +308,12 @@ def test_a_system_prompt_that_cannot_be_pinned(begin, text):
     assert conversation.say("Who?").tokens_new > 0
 
 
-def test_a_layer_smaller_than_the_system_prompt(load, model, text):  # noqa: F811
+def test_a_layer_smaller_than_the_system_prompt(load, calibrated, text):
     """A calibrated budget may leave a layer fewer cells than the system prompt has tokens."""
     system = text[:600]
 
     def make(n_sink: int | None):
-        return load(model, n_ctx=1024, kv_budget=0.3, n_sink=n_sink)
+        return load(calibrated, n_ctx=1024, kv_budget=0.3, n_sink=n_sink)
 
     plain = make(None)
     n_system = build_opening(plain, "question", system).n_system

@@ -17,7 +17,7 @@ import pytest
 from conftest import Outcome
 from hypothesis import given
 from hypothesis import strategies as st
-from test_cli_errors import refused
+from support.outcome import refused
 
 from depthkv_edge.cli.chat_terminal import chat, interruptible, read_message
 

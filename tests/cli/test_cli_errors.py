@@ -3,19 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from conftest import Outcome
 from gguf import GGUFWriter
+from support.outcome import refused
 from support.tiny import write_llama, write_mamba
-
-
-def refused(outcome: Outcome) -> str:
-    """The one line, without the name of the command."""
-    assert outcome.code == 2, outcome
-    assert outcome.out == ""
-    lines = outcome.err.splitlines()
-    assert len(lines) == 1, outcome.err
-    assert lines[0].startswith("depthkv-edge: ")
-    return lines[0].removeprefix("depthkv-edge: ")
 
 
 @pytest.mark.parametrize(

@@ -1,19 +1,16 @@
-"""A calibrated model in the engine: layers get what their sensitivity asks for, and that is worth something."""
+"""A calibrated calibrated in the engine: layers get what their sensitivity asks for, and that is worth something."""
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from test_calibration_keys import example
 
 from depthkv_edge import DepthKVError, Llama
 from depthkv_edge.engine import capi
 from depthkv_edge.engine.rules import ALLOC_RULES
-from depthkv_edge.modelfile.keys import Calibration
 from depthkv_edge.modelfile.writer import write_calibrated
 from depthkv_edge.quality.f32 import write_f32
 from depthkv_edge.quality.language import run_window
@@ -21,27 +18,6 @@ from depthkv_edge.quality.model import load_model
 from depthkv_edge.quality.rows import build_rows
 
 N_LAYERS, ALIGN, FLOOR = 30, 32, 4 + 32 + 32  # sinks, recent tokens, the smallest ubatch
-
-
-@pytest.fixture(scope="module")
-def calibration() -> Calibration:
-    """What `depthkv-edge calibrate smollm2` measured, to three digits."""
-    curves = json.loads((Path(__file__).parents[1] / "data" / "smollm2-sensitivity.json").read_text())
-    sensitivity = np.float32(curves["sensitivity"])
-    return example(
-        layer_ids=tuple(range(N_LAYERS)),
-        keep_ratios=tuple(curves["keep_ratios"]),
-        sensitivity=sensitivity,
-        sensitivity_se=sensitivity / 4,
-        rule="",
-    )
-
-
-@pytest.fixture(scope="module")
-def model(smollm2, calibration, tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("calibrated") / "smollm2.gguf"
-    write_calibrated(smollm2, path, calibration)
-    return path
 
 
 def stats_of(path: Path, **options):
@@ -53,8 +29,8 @@ def stats_of(path: Path, **options):
 
 @pytest.mark.parametrize("rule", [None, *ALLOC_RULES])
 @pytest.mark.parametrize("budget", [0.2, 0.4, 0.6])
-def test_cells_follow_the_curves(model, calibration, rule, budget):
-    stats = stats_of(model, kv_budget=budget, rule=rule)
+def test_cells_follow_the_curves(calibrated, calibration, rule, budget):
+    stats = stats_of(calibrated, kv_budget=budget, rule=rule)
     expected = capi.alloc(
         float(np.float32(budget)),
         N_LAYERS,
@@ -75,8 +51,8 @@ def test_cells_follow_the_curves(model, calibration, rule, budget):
 DEFAULT_RULE = "optimal"
 
 
-def test_without_a_budget_it_is_the_stock_cache(model):
-    assert not stats_of(model, n_ctx=512).active
+def test_without_a_budget_it_is_the_stock_cache(calibrated):
+    assert not stats_of(calibrated, n_ctx=512).active
 
 
 def test_rule_of_the_file(smollm2, calibration, tmp_path):
@@ -101,21 +77,21 @@ def test_a_layer_without_curve_is_an_error_not_uniform(smollm2, calibration, tmp
     assert not stats_of(path, n_ctx=1024).active
 
 
-def test_run_says_how_layers_are_sized(cli, model, smollm2):
+def test_run_says_how_layers_are_sized(cli, calibrated, smollm2):
     run = ("-p", "Name a colour.", "-n", 2, "-c", 2048, "--kv-budget", 0.5)
-    assert f"by calibrated sensitivity ({DEFAULT_RULE})" in " ".join(cli("run", model, *run).err.split())
-    assert "the allocation rule is uniform" in cli("run", model, *run, "--rule", "uniform").err
-    assert "the model file carries no calibration" in cli("run", "smollm2", *run).err
-    other = " ".join(cli("run", model, *run, "--scorer", "streaming").err.split())
+    assert f"by calibrated sensitivity ({DEFAULT_RULE})" in " ".join(cli("run", calibrated, *run).err.split())
+    assert "the allocation rule is uniform" in cli("run", calibrated, *run, "--rule", "uniform").err
+    assert "the calibrated file carries no calibration" in cli("run", "smollm2", *run).err
+    other = " ".join(cli("run", calibrated, *run, "--scorer", "streaming").err.split())
     assert "calibrated with scorer attention, not streaming" in other
     refused = cli("run", "smollm2", *run, "--rule", "optimal")
-    assert refused.code == 2 and "calibrate the model or use uniform" in refused.err
+    assert refused.code == 2 and "calibrate the calibrated or use uniform" in refused.err
 
 
-def test_better_than_uniform_and_only_in_the_right_layers(model, text, tmp_path):
+def test_better_than_uniform_and_only_in_the_right_layers(calibrated, text, tmp_path):
     """Controls: capacities dealt to other layers are worse than equal ones, random tokens worse than scored ones."""
     f32 = tmp_path / "f32.gguf"
-    write_f32(model, f32)
+    write_f32(calibrated, f32)
     n_ctx, budget = 2048, 0.3
     with load_model(f32, n_threads=2) as loaded:
         tokens = (loaded.bos + loaded.tokenize(text[: 8 * n_ctx]))[:n_ctx]

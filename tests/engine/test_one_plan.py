@@ -8,8 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from test_server_native import Server, start  # noqa: F401, a fixture
-from test_tools import run
+from support.native_server import Server
+from support.tools import run
 
 from depthkv_edge import Llama
 from depthkv_edge.engine.budget import parse_budget
@@ -26,7 +26,7 @@ def test_one_plan(
     budget: str,
     cli,
     load: Callable[..., Llama],
-    start: Callable[..., Server],  # noqa: F811
+    start: Callable[..., Server],
     smollm2: Path,
 ):
     asked = "smollm2", "--kv-budget", budget, "-c", N_CTX, "--json"
@@ -59,7 +59,7 @@ def test_one_plan(
 
 
 @pytest.mark.parametrize("tool", ["llama-server", "llama-bench"])
-def test_auto_in_the_programs(tool: str, start: Callable[..., Server], smollm2: Path):  # noqa: F811
+def test_auto_in_the_programs(tool: str, start: Callable[..., Server], smollm2: Path):
     """There is memory for all of such a small model: the full cache, which is that of stock llama.cpp."""
     if tool == "llama-server":
         kv = start("-m", smollm2, "-c", N_CTX, "-np", 1, "--kv-budget", "auto").slot()["kv"]

@@ -23,6 +23,7 @@ from conftest import run_python
 from gguf import GGUFReader, GGUFValueType
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from support.keys import make_calibration
 
 from depthkv_edge import DepthKVError
 from depthkv_edge.modelfile import writer
@@ -32,31 +33,6 @@ from depthkv_edge.modelfile.writer import TEMPORARY_SUFFIX, check_writable, writ
 T = GGUFValueType
 SCALARS = {T.UINT8: "B", T.INT8: "b", T.UINT16: "H", T.INT16: "h", T.UINT32: "I", T.INT32: "i"}
 SCALARS |= {T.UINT64: "Q", T.INT64: "q", T.FLOAT32: "f", T.FLOAT64: "d", T.BOOL: "?"}
-
-
-def make_calibration(n_layers: int = 2, **changes: Any) -> Calibration:
-    ratios = (0.2, 0.4, 0.6)
-    curves = np.outer(np.arange(1, n_layers + 1), [0.3, 0.1, 0.01]).astype(np.float32)
-    calibration = Calibration(
-        layer_ids=tuple(range(n_layers)),
-        keep_ratios=ratios,
-        sensitivity=curves,
-        sensitivity_se=curves / 10,
-        scorer="attention",
-        sink_tokens=4,
-        recent_tokens=32,
-        rule="optimal",
-        model="some/model",
-        corpus="reference sha256:" + "0" * 64,
-        tokens=8192,
-        windows=4,
-        window_tokens=2048,
-        method="exact",
-        stability=0.875,
-        gain=3.5,
-        tool="depthkv-edge 0",
-    )
-    return replace(calibration, **changes)
 
 
 # a GGUF from first principles, so that what the writer makes can be compared byte for byte
@@ -329,7 +305,7 @@ def test_file_size_limit(tmp_path):
         "-c",
         child(
             "import resource; from pathlib import Path\n"
-            "from test_gguf_write import write_calibrated, make_calibration\n"
+            "from support.keys import make_calibration; from depthkv_edge.modelfile.writer import write_calibrated\n"
             "resource.setrlimit(resource.RLIMIT_FSIZE, (2**19, 2**19))\n"
             f"path = Path({str(path)!r})\n"
             "try: write_calibrated(path, path, make_calibration())\n"
@@ -364,7 +340,7 @@ def test_killed(tmp_path):
     write_calibrated(path, path, make_calibration(budget=0.25))
     code = child(
         "from itertools import cycle; from pathlib import Path\n"
-        "from test_gguf_write import write_calibrated, make_calibration\n"
+        "from support.keys import make_calibration; from depthkv_edge.modelfile.writer import write_calibrated\n"
         f"path = Path({str(path)!r})\n"
         "print('ready', flush=True)\n"
         "for budget in cycle((0.75, 0.25)): write_calibrated(path, path, make_calibration(budget=budget))\n"
@@ -429,7 +405,7 @@ def test_unwritable(kind, part):
             "-c",
             child(
                 "import os; from pathlib import Path\n"
-                "from test_gguf_write import check_writable\n"
+                "from depthkv_edge.modelfile.writer import check_writable\n"
                 "if os.geteuid() == 0: os.setuid(65534)\n"  # root may write anywhere
                 f"try: check_writable(Path({str(source)!r}), Path({str(directory / 'out.gguf')!r}))\n"
                 "except ValueError as error: print(error)"

@@ -5,32 +5,15 @@ from __future__ import annotations
 import json
 import os
 import re
-import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
-
-from depthkv_edge.engine import library
+from support.tools import run
 
 # threads that spin must not share a core
 THREADS = min(2, len(os.sched_getaffinity(0))) if hasattr(os, "sched_getaffinity") else 2
 TOOLS = ("llama-server", "llama-cli", "llama-perplexity", "llama-bench")
-
-
-def run(tool: str, *arguments: Any, stdin: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
-    path = library.library_dir() / tool
-    if not path.is_file():  # tools are not part of the package: they are in the build directory that made it
-        path = Path(__file__).parents[2] / "build" / "engine" / "bin" / tool
-    return subprocess.run(
-        [path, *map(str, arguments)],
-        input=stdin,
-        capture_output=True,
-        text=True,
-        encoding="utf-8",
-        env=os.environ | environment,
-        timeout=120,
-    )
 
 
 @pytest.fixture(scope="module")

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import psutil
 import pytest
+from support.outcome import refused
 from support.tiny import write_llama, write_mamba
-from test_cli_errors import refused
 
 from depthkv_edge import __version__
 from depthkv_edge.engine import capi, library

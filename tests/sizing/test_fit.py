@@ -10,8 +10,8 @@ import pytest
 from conftest import Outcome, run_python
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.outcome import refused
 from support.tiny import write_llama, write_mamba
-from test_cli_errors import refused
 
 from depthkv_edge import DepthKVError
 from depthkv_edge.engine import capi

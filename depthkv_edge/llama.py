@@ -109,7 +109,7 @@ class Llama(llama_cpp.Llama):
             except DepthKVError:
                 raise
             except (ValueError, RuntimeError) as error:
-                reason = capi.last_error() or log.reason(lines) or str(error)
+                reason = log.reason(lines, model_path) or str(error)
                 raise DepthKVError(f"{model_path}: {reason}") from error
             except MemoryError as error:  # the buffers of the base class
                 raise DepthKVError(

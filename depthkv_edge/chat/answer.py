@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from depthkv_edge.chat.template import Prompt
-from depthkv_edge.engine import capi, log
+from depthkv_edge.engine import log
 from depthkv_edge.engine.capi import llama_cpp
 from depthkv_edge.engine.stats import KVStats
 from depthkv_edge.errors import DepthKVError
@@ -77,7 +77,7 @@ def answer(
         try:
             return _answer(llama, prompt, n_predict, temperature, on_prefill, on_text)
         except RuntimeError as error:  # what the bindings make of a failed llama_decode
-            raise DepthKVError(capi.last_error() or log.reason(lines) or str(error)) from error
+            raise DepthKVError(log.reason(lines) or str(error)) from error
 
 
 def check_fit(llama: Llama, prompt: Prompt) -> None:

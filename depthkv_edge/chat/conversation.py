@@ -18,7 +18,7 @@ import numpy as np
 from depthkv_edge.chat.answer import token_bytes
 from depthkv_edge.chat.template import build_opening, build_turn
 from depthkv_edge.chat.turn import N_AGES, Holding, Turn
-from depthkv_edge.engine import capi, log
+from depthkv_edge.engine import log
 from depthkv_edge.engine.capi import llama_cpp
 from depthkv_edge.errors import DepthKVError, Stopped
 from depthkv_edge.llama import Llama
@@ -380,4 +380,4 @@ class Conversation:
             try:
                 yield
             except RuntimeError as error:  # what the bindings make of a failed llama_decode
-                raise DepthKVError(capi.last_error() or log.reason(lines) or str(error)) from error
+                raise DepthKVError(log.reason(lines) or str(error)) from error

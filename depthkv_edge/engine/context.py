@@ -88,7 +88,7 @@ def load_without_weights(path: Path | str) -> Iterator[Any]:
     with log.capture_errors(verbose=False) as lines:  # for as long as the model is used: contexts log too
         model = _api.llama_model_load_from_file(str(path).encode(), params)
         if model is None:
-            raise DepthKVError(f"{path}: {capi.last_error() or log.reason(lines) or 'cannot be loaded'}")
+            raise DepthKVError(f"{path}: {log.reason(lines, path) or 'cannot be loaded'}")
         try:
             yield model
         finally:
@@ -174,7 +174,7 @@ def open_context(model: Any, options: Options) -> Iterator[Any]:
     with log.capture_errors(False) as lines:
         context = capi.llama_depthkv_init_from_model(model, _context_params(options), depth)
     if not context:
-        raise DepthKVError(capi.last_error() or log.reason(lines) or "the engine cannot create a context")
+        raise DepthKVError(log.reason(lines) or "the engine cannot create a context")
     try:
         yield context
     finally:

@@ -1,13 +1,15 @@
-"""llama.cpp reports why a load failed only through its log: collect the error lines while one is under way."""
+"""What llama.cpp logs, and why a call of it failed."""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
-import re
+import os
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 
+from depthkv_edge.engine import capi
 from depthkv_edge.engine.capi import llama_cpp
 
 _ERROR, _CONT = 4, 5  # enum ggml_log_level
@@ -45,15 +47,14 @@ def capture_errors(verbose: bool) -> Iterator[list[str]]:
         _capture.lines, _capture.verbose, _capture.level = previous
 
 
-def reason(lines: list[str]) -> str:
-    """The line that says why, among the error lines of one failed load; empty if there is none."""
-    # "llama_model_load: error loading model: <why>" says it best, unless <why> is only that loading failed: then the
-    # reader of the file has spoken before
-    for line in lines:
-        if (match := re.search(r"error loading model: (.*)", line)) and "failed to load" not in match[1]:
-            return match[1].strip()
-    for line in lines:
-        origin, _, text = line.strip().rpartition(": ")
-        if text and "failed to load" not in text:
-            return f"damaged or incomplete ({text})" if origin.startswith("gguf_") else text
-    return ""
+def reason(lines: list[str], path: Path | str | None = None) -> str:
+    """Why the last call failed, in the engine's own words; empty if it says nothing.
+
+    Args:
+        lines: the error lines of that call: upstream refuses some parameters of a context there only.
+        path: the model file, if it was loaded.
+    """
+    error = capi.last_error()
+    if path is not None and not capi.llama_depthkv_check_file(os.fsencode(path)):
+        return capi.last_error()  # of a damaged file the loader says no more than that it has failed
+    return error or (lines[-1].strip().rpartition(": ")[2] if lines else "")

@@ -102,7 +102,7 @@ def load_model(path: Path, n_threads: int) -> Iterator[Model]:
     with log.capture_errors(False) as lines:  # for as long as the model is used: contexts log too
         handle = api.llama_model_load_from_file(str(path).encode(), params)
         if not handle:
-            raise DepthKVError(f"{path}: {log.reason(lines) or 'cannot be loaded'}")
+            raise DepthKVError(f"{path}: {log.reason(lines, path) or 'cannot be loaded'}")
         try:
             yield Model(handle, path, n_threads)
         finally:

@@ -239,21 +239,16 @@ static void llama_kv_depth_params_load(const llama_kv_depth_keys & keys, llama_k
 }
 
 void llama_kv_depth_params::load(llama_model_loader & ml) {
-    try {
-        llama_kv_depth_keys keys { ml.metadata, 0, ml.kv_overrides };
-        ml.get_key(LLM_KV_BLOCK_COUNT, keys.n_layer);
+    llama_kv_depth_keys keys { ml.metadata, 0, ml.kv_overrides };
+    ml.get_key(LLM_KV_BLOCK_COUNT, keys.n_layer);
 
-        llama_kv_depth_params_load(keys, *this);
-    } catch (const std::exception & err) {
-        llama_depthkv_set_error(err.what());
-        throw;
-    }
+    llama_kv_depth_params_load(keys, *this);
 }
 
 void llama_kv_depth_params::load(const char * path) {
     gguf_context_ptr meta { gguf_init_from_file(path, { /*.no_alloc =*/ true, /*.ctx =*/ nullptr }) };
     if (!meta) {
-        throw std::runtime_error(format("%s is not a complete GGUF file", path));
+        throw std::runtime_error("damaged or incomplete: get the file again");
     }
 
     llama_kv_depth_keys keys { meta.get(), 0, {} };

@@ -6,7 +6,7 @@
 find_package(Threads REQUIRED)
 
 add_library(llama-ui INTERFACE)
-target_include_directories(llama-ui INTERFACE "${native}/tools/no-ui")
+target_include_directories(llama-ui INTERFACE "${native}/server/no-ui")
 add_custom_target(llama-ui-assets)
 
 function(add_upstream_tools)
@@ -26,7 +26,8 @@ else()
 endif()
 
 if(NOT DEPTHKV_BASELINE)
-    target_sources(server-context PRIVATE "${native}/tools/server-kv.cpp")
+    target_sources(server-context PRIVATE "${native}/server/server-kv.cpp")
+    target_include_directories(server-context PUBLIC "${native}/server")
 endif()
 
 if(DEPTHKV_BUILD_SERVER)

@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[1]
 FLOORS = (
     ("errors",),
     ("units", "checks", "memory"),
-    ("engine",),
+    ("assets", "engine"),
     ("modelfile",),
     ("measure",),
     ("sizing",),

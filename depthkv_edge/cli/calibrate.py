@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING
 
 import click
 
-from depthkv_edge.cli.options import FILE, check_positive
+from depthkv_edge.cli.options import FILE, check_positive, list_rules
 from depthkv_edge.cli.streams import echo_json
 from depthkv_edge.errors import DepthKVError
 
 if TYPE_CHECKING:
     from depthkv_edge.calibrate.calibrate import Outcome
 
-_PACKAGES = ("torch", "transformers", "accelerate", "scipy", "calibrate")
+_PACKAGES = ("torch", "transformers", "accelerate", "scipy")
 _INSTALL = "pip install torch==2.13.0 'depthkv-edge[calibrate]'"
 
 
@@ -31,7 +31,15 @@ _INSTALL = "pip install torch==2.13.0 'depthkv-edge[calibrate]'"
 )
 @click.option("--windows", type=int, default=4, show_default=True, metavar="N", help="Windows of text to measure.")
 @click.option("--window-tokens", type=int, default=3072, show_default=True, metavar="N", help="Tokens of a window.")
-@click.option("--scorer", default="attention", show_default=True, metavar="NAME", help="Token-scoring rule.")
+@click.option(
+    "--scorer",
+    default="attention",
+    show_default=True,
+    metavar="NAME",
+    is_eager=True,
+    callback=list_rules,
+    help="Token-scoring rule; help lists them.",
+)
 @click.option("--ratios", default="0.05,0.1,0.2,0.4,0.7", show_default=True, metavar="LIST", help="Keep ratios.")
 @click.option(
     "--method",

@@ -15,7 +15,7 @@ from depthkv_edge.cli.streams import echo_json
 from depthkv_edge.errors import DepthKVError
 from depthkv_edge.modelfile.packaged import resolve_model
 
-_PACKAGES = ("scipy", "jinja2", "matplotlib", "rouge_score")
+_PACKAGES = ("scipy", "jinja2", "matplotlib", "rapidfuzz")
 _INSTALL = "pip install 'depthkv-edge[eval]'"
 _MIN_CTX = 256
 

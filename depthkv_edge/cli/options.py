@@ -20,6 +20,17 @@ MEMORY_HELP = (
 )
 
 
+def list_rules(context: click.Context, option: click.Parameter, value: str | None) -> str | None:
+    """Callback of an option that names a rule: `help` lists those that the engine knows."""
+    if value != "help":
+        return value
+    from depthkv_edge.engine.rules import ALLOC_RULES, SCORERS
+
+    for rule in (ALLOC_RULES if option.name == "rule" else SCORERS).values():
+        click.echo(f"{rule.name:14} {rule.desc}")
+    context.exit()
+
+
 @dataclass(frozen=True)
 class Context:
     """Arguments of `Llama` that `--memory` may choose."""

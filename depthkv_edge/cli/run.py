@@ -17,6 +17,7 @@ from depthkv_edge.cli.options import (
     check_seed,
     check_temperature,
     fitted,
+    list_rules,
     parse_memory,
 )
 from depthkv_edge.cli.streams import echo_json, read_input
@@ -34,8 +35,8 @@ from depthkv_edge.modelfile.packaged import resolve_model
 @click.option("-p", "--prompt", default="", metavar="TEXT", help="Question, put after the document.")
 @click.option("-n", "--predict", type=int, default=256, show_default=True, metavar="N", help="Most tokens to decode.")
 @click.option("--system", default="", metavar="TEXT", help="System prompt. It is pinned: never evicted.")
-@click.option("--scorer", metavar="NAME", help="Token-scoring rule: attention, window, streaming or random.")
-@click.option("--rule", metavar="NAME", help="Allocation rule: uniform, proportional or optimal. Default: the model's.")
+@click.option("--scorer", metavar="NAME", callback=list_rules, help="Token-scoring rule; help lists them.")
+@click.option("--rule", metavar="NAME", callback=list_rules, help="Allocation rule; help lists them.")
 @click.option("--ubatch", type=int, default=512, show_default=True, metavar="N", help="Most tokens to compute at once.")
 @click.option("--threads", type=int, metavar="N", help="CPU threads. Default: the physical cores.")
 @click.option("--type-k", type=click.Choice(list(KV_TYPES)), default="f16", show_default=True, help="Type of K.")

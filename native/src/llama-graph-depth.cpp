@@ -46,6 +46,8 @@ llm_graph_input_kv_depth::llm_graph_input_kv_depth(
 
     const size_t n_layers = n_kv.size();
 
+    attn.resize(n_layers);
+
     size_t n_kv_all = 0;
     for (const uint32_t n : n_kv) {
         offs.push_back(n_kv_all);
@@ -75,6 +77,8 @@ void llm_graph_input_kv_depth::set_input(const llama_ubatch * ubatch) {
     const auto & layers = mctx->get_kv()->get_layers();
 
     GGML_ASSERT(sinfo.n_tps == n_tps && sinfo.n_stream == n_stream);
+
+    mctx->get_kv()->set_attn(attn);
 
     // a model may build a graph that leaves out a layer or its queries
     if (rows->buffer) {
@@ -302,7 +306,7 @@ ggml_tensor * llm_graph_input_kv_depth::build_attn(
     auto * ctx0 = graph.ctx0;
     auto * gf   = graph.gf;
 
-    auto & layer = kv->get_layer(il);
+    const auto & layer = kv->get_layer(il);
 
     const uint32_t i = &layer - kv->get_layers().data();
 
@@ -370,8 +374,7 @@ ggml_tensor * llm_graph_input_kv_depth::build_attn(
     // a layer that reads the cache of another one has its say through that one only
 
     if (layer.q && k_cur) {
-        layer.kq_scale = kq_scale;
-        layer.sinks    = sinks;
+        attn[i] = { kq_scale, sinks };
 
         ggml_tensor * q = q_cur;
         if (ggml_row_size(q->type, q->ne[0]) != q->nb[1]) {

@@ -1,11 +1,10 @@
 #pragma once
 
 #include "llama-graph.h"
+#include "llama-kv-cache-depth.h"
 
 #include <memory>
 #include <vector>
-
-class llama_kv_cache_depth_context;
 
 // graph inputs of the layers in a llama_kv_cache_depth, and the attention over them
 //
@@ -51,6 +50,9 @@ private:
     // many tokens: what is needed to build it, positions relative to the first token of the sequence in the ubatch
     ggml_tensor * pos_kv  = nullptr; // F32 [sum over layers of n_kv*n_stream]
     ggml_tensor * pos_tok = nullptr; // F32 [1, n_tps, 1, n_stream]
+
+    // what each layer attends with
+    std::vector<llama_kv_cache_depth::attn_params> attn; // [n_layers]
 
     // rotations of quantized K and V, by size
     std::map<uint32_t, ggml_tensor *> rots;

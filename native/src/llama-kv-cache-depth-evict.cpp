@@ -141,8 +141,8 @@ void llama_kv_cache_depth::build_attn(ggml_context * ctx, ggml_cgraph * gf, cons
         kq = ggml_scale(ctx, kq, hparams.f_attn_logit_softcapping);
     }
 
-    kq = ggml_soft_max_ext_inplace(ctx, kq, mask, layer.kq_scale, 0.0f);
-    ggml_soft_max_add_sinks(kq, layer.sinks);
+    kq = ggml_soft_max_ext_inplace(ctx, kq, mask, get_attn(layer).kq_scale, 0.0f);
+    ggml_soft_max_add_sinks(kq, get_attn(layer).sinks);
 
     res.prob = ggml_reshape_3d(ctx, kq, n_kv, llama_kv_n_query*n_gqa, n_head_kv);
 
@@ -152,7 +152,15 @@ void llama_kv_cache_depth::build_attn(ggml_context * ctx, ggml_cgraph * gf, cons
     ggml_build_forward_expand(gf, res.out);
 }
 
-ggml_status llama_kv_cache_depth::compute_attn(kv_layer & layer, uint32_t strm, llama_kv_attn & attn) {
+void llama_kv_cache_depth::set_attn(const std::vector<attn_params> & params) {
+    for (size_t i = 0; i < layers.size(); ++i) {
+        if (params[i].kq_scale != 0.0f) {
+            attn[i] = params[i];
+        }
+    }
+}
+
+ggml_status llama_kv_cache_depth::compute_attn(const kv_layer & layer, uint32_t strm, llama_kv_attn & attn) {
     GGML_ASSERT(layer.q);
 
     const auto & cells  = layer.cells[strm];

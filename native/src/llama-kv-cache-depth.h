@@ -113,9 +113,11 @@ public:
         uint32_t n_rot_v;
 
         std::vector<llama_kv_depth_cells> cells; // [n_stream]
+    };
 
-        // the attention of the layer as the graph has it, for the scoring pass
-        float         kq_scale = 0.0f;
+    // the attention of a layer as the graph has it
+    struct attn_params {
+        float         kq_scale = 0.0f; // 0: the graph leaves the layer out
         ggml_tensor * sinks    = nullptr;
     };
 
@@ -127,7 +129,12 @@ public:
     const std::vector<kv_layer> & get_layers() const { return layers; }
 
     // layer whose cells model layer il reads
-    kv_layer & get_layer(int32_t il) { return layers[map_layer_ids.at(il)]; }
+    const kv_layer & get_layer(int32_t il) const { return layers[map_layer_ids.at(il)]; }
+
+    // [n_layers] of the graph that is about to run, for the scoring pass
+    void set_attn(const std::vector<attn_params> & params);
+
+    const attn_params & get_attn(const kv_layer & layer) const { return attn[&layer - layers.data()]; }
 
     // the SWA layers, nullptr if the model has none
     llama_kv_cache_iswa * get_iswa() const { return kv_iswa.get(); }
@@ -164,7 +171,7 @@ public:
     void reserve(llama_context * lctx);
 
     // attention of the sampled queries that a layer has not counted yet. attn.pos is empty if there is none
-    ggml_status compute_attn(kv_layer & layer, uint32_t strm, llama_kv_attn & attn);
+    ggml_status compute_attn(const kv_layer & layer, uint32_t strm, llama_kv_attn & attn);
 
     // fill with an orthonormal Walsh-Hadamard matrix, F32 [n, n] in host memory
     static void set_input_rot(ggml_tensor * dst);
@@ -212,6 +219,7 @@ private:
     std::unordered_map<int32_t, int32_t> map_layer_ids;
 
     std::vector<stream_state> streams; // [n_stream]
+    std::vector<attn_params>  attn;    // [n_layers]
 
     // ggml contexts along with the allocated backend buffers
     std::vector<std::pair<ggml_context_ptr, ggml_backend_buffer_ptr>> ctxs_bufs;

@@ -33,7 +33,11 @@ static std::vector<float> get_f16(const ggml_tensor * t) {
 }
 
 // [n_cells] attention of the sampled queries in rows [0, pos_q.size()), times the L1 norm of the values
-static std::vector<double> reference(const llama_model & model, const llama_kv_cache_depth::kv_layer & layer, const std::vector<llama_pos> & pos_q) {
+static std::vector<double> reference(
+        const llama_model                       & model,
+        const llama_kv_cache_depth::kv_layer    & layer,
+        const llama_kv_cache_depth::attn_params & attn,
+        const std::vector<llama_pos>            & pos_q) {
     const auto & hparams = model.hparams;
     const auto & cells   = layer.cells[0];
 
@@ -47,9 +51,9 @@ static std::vector<double> reference(const llama_model & model, const llama_kv_c
     const auto v = get_f16(layer.v); // transposed
 
     std::vector<float> sinks;
-    if (layer.sinks) {
+    if (attn.sinks) {
         sinks.resize(n_head);
-        ggml_backend_tensor_get(layer.sinks, sinks.data(), 0, ggml_nbytes(layer.sinks));
+        ggml_backend_tensor_get(attn.sinks, sinks.data(), 0, ggml_nbytes(attn.sinks));
     }
 
     std::vector<double> res(layer.n_cells, 0.0);
@@ -76,7 +80,7 @@ static std::vector<double> reference(const llama_model & model, const llama_kv_c
                     x = cap*tanh(x/cap);
                 }
 
-                p[i] = exp(x*layer.kq_scale);
+                p[i] = exp(x*attn.kq_scale);
                 sum += p[i];
             }
             if (!sinks.empty()) {
@@ -129,13 +133,13 @@ static void test_model(const std::string & path) {
     CHECK(llama_decode(ctx, llama_batch_get_one(tokens.data(), n_tokens)) == 0);
 
     for (const auto & l : kv->get_layers()) {
-        auto & layer = kv->get_layer(l.il);
+        const auto & layer = kv->get_layer(l.il);
 
         llama_kv_attn attn;
         CHECK(kv->compute_attn(layer, 0, attn) == GGML_STATUS_SUCCESS);
         CHECK(!attn.pos.empty() && attn.pos.back() == n_tokens - 1);
 
-        const auto ref = reference(*model, layer, attn.pos);
+        const auto ref = reference(*model, layer, kv->get_attn(layer), attn.pos);
 
         double err = 0.0;
         double sum = 0.0;

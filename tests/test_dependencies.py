@@ -1,4 +1,4 @@
-"""What set-up installs fits together: models and texts are data, and no package is forced in without what it declares."""
+"""What set-up installs fits together: models and texts are data, and nothing is installed without what it declares."""
 
 from __future__ import annotations
 

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.zoo.shapes import Shape
 from benchmarks.zoo.write import PROGRAMS, write_model
+from depthkv_edge.engine.budget import parse_budget
 from depthkv_edge.engine.context import Options, load_without_weights, plan_context
 from depthkv_edge.errors import DepthKVError
+from depthkv_edge.sizing.diagnosis import diagnose
+from depthkv_edge.sizing.inspection import inspect_model
 
 # maybe of another build, under a sanitizer
 _RUN = Path(os.environ.get("DEPTHKV_TEST_PROGRAMS", PROGRAMS)) / "depth-zoo-run"
@@ -45,8 +46,8 @@ class Check:
     Attributes:
         created: contexts of all layers, without weights.
         ran: what a chat does on `shape.n_layers_run` layers, see native/tests/depth-zoo-run.cpp.
-        doctor: what `depthkv-edge doctor` refuses; empty if nothing.
-        n_layers_budget: layers whose cells grow with the context, from `depthkv-edge inspect`.
+        doctor: what `doctor` refuses; empty if nothing.
+        n_layers_budget: layers whose cells grow with the context, as `inspect` says.
     """
 
     shape: Shape
@@ -73,13 +74,14 @@ def check_shape(shape: Shape, directory: Path) -> Check:
     """
     whole = write_model(directory / "whole.gguf", shape)
     created = _attempts(whole, "--create")
-    doctor = _command("doctor", str(whole))["model"]["refusal"]
-    inspection = _command("inspect", str(whole), "--kv-budget", "0.4", "-c", "4096")
+    report = diagnose(whole).model
+    assert report is not None
+    inspection = inspect_model(whole, parse_budget("0.4"), 4096)
     whole.unlink()
     part = write_model(directory / "part.gguf", shape, n_layers=min(shape.n_layers, shape.n_layers_run))
     ran = _attempts(part)
     part.unlink()
-    return Check(shape, created, ran, doctor, len(inspection["kv"]["layers"]))
+    return Check(shape, created, ran, report.refusal, len(inspection.kv.layers))
 
 
 def refused(directory: Path) -> list[tuple[str, str]]:
@@ -109,11 +111,3 @@ def _attempts(model: Path, *options: str) -> list[Attempt]:
     if done.returncode not in (0, 1) or not rows or any(len(row) != 5 for row in rows):
         raise RuntimeError(f"depth-zoo-run {model.name} ended with {done.returncode}: {done.stdout}{done.stderr}")
     return [Attempt(fa, k, v, shifted == "1", result) for fa, k, v, shifted, result in rows]
-
-
-def _command(*arguments: str) -> dict:
-    command = [sys.executable, "-m", "depthkv_edge", *arguments, "--json"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"{arguments[0]} ended with {done.returncode}: {done.stderr}")
-    return json.loads(done.stdout)

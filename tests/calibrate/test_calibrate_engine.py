@@ -22,6 +22,7 @@ _api = llama_cpp.llama_cpp
 _F32 = 0  # enum ggml_type
 
 N_TOKENS, N_TAIL = 512, 32
+CASES = {"attention": [(7, 224), (20, 160)], "window": [(12, 160)]}  # layer, and its cells
 
 
 @pytest.fixture(scope="module")
@@ -68,23 +69,28 @@ def held_by_engine(model: int, tokens: list[int], index: int, n_cells: int, scor
         _api.llama_free(context)
 
 
-def held_by_simulation(target, tokens: list[int], index: int, n_cells: int, scorer: str) -> set[int]:
-    cells = [N_TOKENS] * len(target.layer_ids)
-    cells[index] = n_cells
-    window = run_tail(prefill(target, tokens, N_TAIL, scorer, [LayerCells(tuple(cells))]))
-    last = window.held[target.layer_ids[index]][0][-1]
+@pytest.fixture(scope="module")
+def simulated(target, tokens):
+    """Of each scorer, a window with a plan for each of its cases: the other layers are full."""
+
+    def window(scorer: str):
+        plans = []
+        for index, n_cells in CASES[scorer]:
+            cells = [N_TOKENS] * len(target.layer_ids)
+            cells[index] = n_cells
+            plans.append(LayerCells(tuple(cells)))
+        return run_tail(prefill(target, tokens[:N_TOKENS], N_TAIL, scorer, plans))
+
+    return {scorer: window(scorer) for scorer in CASES}
+
+
+@pytest.mark.parametrize(("scorer", "case"), [(scorer, i) for scorer in CASES for i in range(len(CASES[scorer]))])
+def test_same_cells_as_the_engine(target, engine, simulated, tokens, scorer, case):
+    index, n_cells = CASES[scorer][case]
     assert n_ubatch(n_cells) == 32
-    return set(last.pos.tolist()) | set(range(last.start, N_TOKENS))
-
-
-@pytest.mark.parametrize(
-    ("index", "n_cells", "scorer"),
-    [(7, 224, "attention"), (20, 160, "attention"), (12, 160, "window")],
-)
-def test_same_cells_as_the_engine(target, engine, tokens, index, n_cells, scorer):
-    text = tokens[:N_TOKENS]
-    engine_held = held_by_engine(engine, text, index, n_cells, scorer)
-    simulated = held_by_simulation(target, text, index, n_cells, scorer)
-    assert len(engine_held) == len(simulated) <= n_cells
+    last = simulated[scorer].held[target.layer_ids[index]][case][-1]
+    ours = set(last.pos.tolist()) | set(range(last.start, N_TOKENS))
+    theirs = held_by_engine(engine, tokens[:N_TOKENS], index, n_cells, scorer)
+    assert len(theirs) == len(ours) <= n_cells
     # all of them, on the machine where this was written; rounding may swap cells of nearly the same score
-    assert len(engine_held & simulated) / len(engine_held | simulated) > 0.95
+    assert len(theirs & ours) / len(theirs | ours) > 0.95

@@ -66,25 +66,19 @@ def slow_divergence(full: torch.Tensor, pruned: torch.Tensor) -> float:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_growing_layers(family):
-    assert opened(family).prefilled.target.layer_ids == FAMILIES[family][2]
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_reference_is_the_model(family):
-    torch.testing.assert_close(opened(family).reference, whole_pass(family, {})[-N_TAIL:], rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("family", FAMILIES)
 def test_exact_is_a_whole_pass_under_a_mask(family):
-    window = opened(family)
-    full = whole_pass(family, {})
-    for layer in window.prefilled.target.layer_ids:
+    window, full = opened(family), whole_pass(family, {})
+    torch.testing.assert_close(window.reference, full[-N_TAIL:], rtol=1e-4, atol=1e-5)
+    layers = window.prefilled.target.layer_ids
+    assert layers == FAMILIES[family][2]
+    everything = [Held(0, np.empty(0, np.int64))]  # one ubatch of the whole window: a token sees all earlier ones
+    for layer in layers:
         measured = exact.measure_layer(window, layer)
         expected = [slow_divergence(full, whole_pass(family, {layer: mask_of(window, layer, plan)})) for plan in (0, 1)]
         assert min(expected) > 1e-6  # the masks do something
         assert measured[:2] == pytest.approx(expected, rel=0.02, abs=1e-7)
         assert measured[2] == 0
+        assert replace(window, held={layer: [everything]}).rerun({layer: 0}) < 1e-9, "nothing is pruned"
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
@@ -94,15 +88,6 @@ def test_all_layers_at_once(family):
     masks = {layer: mask_of(window, layer, 0) for layer in layers}
     expected = slow_divergence(whole_pass(family, {}), whole_pass(family, masks))
     assert window.rerun(dict.fromkeys(layers, 0)) == pytest.approx(expected, rel=0.02)
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_rerun_without_pruning_changes_nothing(family):
-    window = opened(family)
-    everything = [Held(0, np.empty(0, np.int64))]  # one ubatch of the whole window: a token sees all earlier ones
-    for layer in window.prefilled.target.layer_ids:
-        keeping = replace(window, held={layer: [everything]})
-        assert keeping.rerun({layer: 0}) < 1e-9
 
 
 @pytest.mark.parametrize("scorer", ["window", "streaming", "random"])
@@ -227,7 +212,7 @@ def test_attention_mass_one_number_at_a_time(n_heads_kv, n_group, softcap, sinks
     assert found == pytest.approx(expected, rel=1e-4, abs=1e-6)
 
 
-@settings(deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(scale=st.sampled_from([1e-4, 1e-2, 1.0, 30.0]), seed=st.integers(0, 2**31))
 def test_divergence_against_the_textbook(scale, seed):
     generator = torch.Generator().manual_seed(seed)

@@ -14,8 +14,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from gguf import GGUFWriter
+from gguf import GGUFValueType
 from safetensors.torch import load_file, save_file
+from support.keys import write
 from support.tiny_hf import make_model, save_pair
 
 from depthkv_edge.calibrate import exact, fast, heldout
@@ -24,7 +25,7 @@ from depthkv_edge.calibrate.calibrate_settings import CalibrateSettings
 from depthkv_edge.calibrate.load import find_source, load_model
 from depthkv_edge.calibrate.state import SavedState
 from depthkv_edge.errors import DepthKVError
-from depthkv_edge.modelfile.keys import read_calibration
+from depthkv_edge.modelfile.keys import KeyValue, read_calibration
 from depthkv_edge.modelfile.writer import write_calibrated
 
 
@@ -33,10 +34,20 @@ def pair(tmp_path_factory):
     return save_pair(tmp_path_factory.mktemp("tiny"))
 
 
+def settings_of(pair, directory: Path) -> CalibrateSettings:
+    repo, gguf = pair
+    return CalibrateSettings(str(repo), gguf, directory / "out.gguf", windows=2, window_tokens=480, ratios=(0.3, 0.5))
+
+
 @pytest.fixture
 def settings(pair, tmp_path):
-    repo, gguf = pair
-    return CalibrateSettings(str(repo), gguf, tmp_path / "out.gguf", windows=2, window_tokens=480, ratios=(0.3, 0.5))
+    return settings_of(pair, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def alone(pair, tmp_path_factory):
+    """The outcome with these settings, in one process and without an interruption."""
+    return calibrate(settings_of(pair, tmp_path_factory.mktemp("alone")))
 
 
 def same_curves(a, b) -> bool:
@@ -52,10 +63,27 @@ def layers_measured(monkeypatch):
     return asked
 
 
+def interrupted(settings, monkeypatch, after: int = 1) -> None:
+    """Calibrate until so many measurements of a layer are kept."""
+    put, n_put = SavedState.put, 0
+
+    def interrupt(self, *args):
+        nonlocal n_put
+        put(self, *args)
+        n_put += 1
+        if n_put == after:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(SavedState, "put", interrupt)
+        calibrate(settings)
+    assert not settings.output.exists()
+
+
 @pytest.mark.parametrize("method", ["exact", "fast"])
-def test_the_file_carries_what_was_measured(settings, method):
-    outcome = calibrate(replace(settings, method=method))
-    found = read_calibration(settings.output)
+def test_the_file_carries_what_was_measured(settings, alone, method):
+    outcome = alone if method == "exact" else calibrate(replace(settings, method=method))
+    found = read_calibration(outcome.output)
     assert found.layer_ids == (0, 1, 2, 3)
     assert found.keep_ratios == (0.3, 0.5)
     np.testing.assert_allclose(found.sensitivity, outcome.calibration.sensitivity)
@@ -65,17 +93,13 @@ def test_the_file_carries_what_was_measured(settings, method):
     assert found.model == settings.model and "sha256:" in found.corpus
     assert found.gain == pytest.approx(outcome.held_out.gain, rel=1e-5)
     assert found.rule == outcome.held_out.rule
-    assert os.listdir(settings.output.parent) == ["out.gguf"]
+    assert os.listdir(outcome.output.parent) == ["out.gguf"]
 
 
-def test_same_seed_same_curves(settings):
-    first = calibrate(settings)
-    assert same_curves(first, calibrate(settings))
-    assert not same_curves(first, calibrate(replace(settings, seed=1)))
-
-
-def test_a_device_map_changes_nothing(settings):
-    assert same_curves(calibrate(settings), calibrate(replace(settings, device="auto")))
+def test_same_seed_same_curves(settings, alone):
+    """Wherever the model lies: `auto` is accelerate's device map."""
+    assert same_curves(alone, calibrate(replace(settings, device="auto")))
+    assert not same_curves(alone, calibrate(replace(settings, seed=1)))
 
 
 def test_both_methods_are_compared(settings):
@@ -87,35 +111,32 @@ def test_both_methods_are_compared(settings):
     assert found["seconds"].keys() == {"exact", "fast"} and min(found["seconds"].values()) > 0
 
 
-def test_no_gain_asks_for_uniform(settings, monkeypatch):
-    monkeypatch.setattr(heldout.HeldOut, "gain", property(lambda self: 0.8))
-    calibrate(settings)
-    assert read_calibration(settings.output).rule == "uniform"
-
-
-def test_a_budget_that_loses_nothing(settings, monkeypatch):
-    monkeypatch.setattr("depthkv_edge.calibrate.calibrate.check", lambda *args: heldout.HeldOut(0.1, 0.0))
-    outcome = calibrate(settings)
-    found = read_calibration(settings.output)
-    assert found.rule == "optimal" and math.isnan(found.gain)
-    assert outcome.to_dict()["held_out"]["gain"] is None
+def test_what_the_check_decides(settings, monkeypatch):
+    """No gain asks for uniform, no loss at all has no gain in numbers, and what is no number is refused."""
+    monkeypatch.setattr(exact, "measure_layer", lambda window, layer: [0.2, 0.1])
+    for held_out, rule, gain in ((0.1, 0.125), "uniform", 0.8), ((0.1, 0.0), "optimal", None):
+        check = heldout.HeldOut(*held_out)
+        monkeypatch.setattr("depthkv_edge.calibrate.calibrate.check", lambda *args, check=check: check)
+        outcome = calibrate(settings)
+        found = read_calibration(settings.output)
+        assert found.rule == rule and outcome.to_dict()["held_out"]["gain"] == gain
+        assert math.isnan(found.gain) if gain is None else found.gain == gain
+    settings.output.unlink()
+    check = heldout.HeldOut(0.1, math.nan)
+    monkeypatch.setattr("depthkv_edge.calibrate.calibrate.check", lambda *args: check)
+    with pytest.raises(DepthKVError, match="held-out windows is nan"):
+        calibrate(settings)
+    assert not settings.output.exists()
 
 
 def test_a_broken_budget_of_the_file(settings, tmp_path, monkeypatch):
     monkeypatch.setattr("depthkv_edge.calibrate.calibrate.load_model", lambda *args: pytest.fail("loaded"))
-    writer = GGUFWriter(tmp_path / "broken.gguf", "llama")
-    writer.add_block_count(4)
-    writer.add_float32("depthkv.budget", 1.5)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    with pytest.raises(DepthKVError, match="broken.gguf: key depthkv.budget is 1.5"):
-        calibrate(replace(settings, gguf=tmp_path / "broken.gguf"))
+    path = write(tmp_path / "broken.gguf", [KeyValue("depthkv.budget", 1.5, GGUFValueType.FLOAT32, None)])
+    with pytest.raises(DepthKVError, match="broken.gguf: key 'depthkv.budget' is 1.5"):
+        calibrate(replace(settings, gguf=path))
 
 
-@pytest.mark.parametrize("method", ["exact", "fast"])
-@pytest.mark.parametrize("broken", [math.nan, math.inf])
+@pytest.mark.parametrize(("method", "broken"), [("exact", math.nan), ("fast", math.inf)])
 def test_what_is_not_finite_is_refused_and_not_kept(settings, monkeypatch, method, broken):
     if method == "exact":
         measure = exact.measure_layer
@@ -132,13 +153,6 @@ def test_what_is_not_finite_is_refused_and_not_kept(settings, monkeypatch, metho
         assert all(map(math.isfinite, sum(json.loads(path.read_text())["measured"].values(), [])))
 
 
-def test_a_check_that_is_not_finite(settings, monkeypatch):
-    monkeypatch.setattr("depthkv_edge.calibrate.calibrate.check", lambda *args: heldout.HeldOut(0.1, math.nan))
-    with pytest.raises(DepthKVError, match="held-out windows is nan"):
-        calibrate(settings)
-    assert not settings.output.exists()
-
-
 @pytest.mark.parametrize(
     "error", [MemoryError(), torch.OutOfMemoryError("CUDA"), RuntimeError("DefaultCPUAllocator: can't allocate memory")]
 )
@@ -149,6 +163,9 @@ def test_out_of_memory(settings, monkeypatch, error):
     monkeypatch.setattr(exact, "measure_layer", fail)
     with pytest.raises(DepthKVError, match="--window-tokens 480 on --device cpu.*same command goes on"):
         calibrate(settings)
+
+
+def test_another_error_stays_what_it_is(settings, monkeypatch):
     monkeypatch.setattr(exact, "measure_layer", lambda *args: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         calibrate(settings)
@@ -170,7 +187,7 @@ def test_missing_weights(settings, pair, tmp_path):
         calibrate(replace(settings, model=damaged(pair, tmp_path / "hf", edit)))
 
 
-def test_tied_weights_are_not_missing(pair, tmp_path):
+def test_tied_weights_are_not_missing(tmp_path):
     model = make_model("llama")
     model.config.tie_word_embeddings = True
     model.tie_weights()
@@ -199,49 +216,26 @@ def test_code_of_a_model_is_not_run(settings, pair, tmp_path, monkeypatch):
         calibrate(replace(settings, model=str(repo)))
 
 
-def test_the_budget_of_the_file_stays(settings):
-    calibrate(settings)
-    write_calibrated(settings.output, settings.output, replace(read_calibration(settings.output), budget=0.5))
+def test_in_place_the_budget_of_the_file_stays(settings, alone):
+    write_calibrated(alone.output, settings.output, replace(read_calibration(alone.output), budget=0.5, tool="old"))
     calibrate(replace(settings, gguf=settings.output))
-    assert read_calibration(settings.output).budget == 0.5
+    found = read_calibration(settings.output)
+    assert found.budget == 0.5 and found.tool != "old"
 
 
-def test_in_place(settings, pair):
-    copy = settings.output.with_name("model.gguf")
-    copy.write_bytes(pair[1].read_bytes())
-    calibrate(replace(settings, gguf=copy, output=copy))
-    assert read_calibration(copy) is not None
-
-
-@pytest.mark.parametrize("n_before", [1, 3, 6])
-def test_an_interrupted_calibration_goes_on(settings, layers_measured, monkeypatch, n_before):
-    put = SavedState.put
-    n_put = 0
-
-    def interrupt(self, *args):
-        nonlocal n_put
-        put(self, *args)
-        n_put += 1
-        if n_put == n_before:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(SavedState, "put", interrupt)
-        with pytest.raises(KeyboardInterrupt):
-            calibrate(settings)
-    assert not settings.output.exists()
+@pytest.mark.parametrize("n_before", [1, 6])
+def test_an_interrupted_calibration_goes_on(settings, alone, layers_measured, monkeypatch, n_before):
+    interrupted(settings, monkeypatch, n_before)
     said = []
     resumed = calibrate(settings, said.append)
     assert layers_measured == [0, 1, 2, 3, 0, 1, 2, 3]  # none twice
     assert any("going on" in line and str(n_before) in line for line in said)
     assert os.listdir(settings.output.parent) == ["out.gguf"]
-    assert same_curves(resumed, calibrate(replace(settings, output=settings.output.with_name("again.gguf"))))
+    assert same_curves(resumed, alone)
 
 
 def test_another_setting_starts_over(settings, layers_measured, monkeypatch):
-    with monkeypatch.context() as patch:
-        patch.setattr(SavedState, "remove", lambda self, methods: None)
-        calibrate(settings)
+    interrupted(settings, monkeypatch)
     layers_measured.clear()
     said = []
     calibrate(replace(settings, ratios=(0.4, 0.5)), said.append)
@@ -256,18 +250,10 @@ def test_a_broken_state_file_is_measured_again(settings, layers_measured):
 
 
 def test_another_method_keeps_what_is_measured(settings, layers_measured, monkeypatch):
-    put = SavedState.put
-
-    def interrupt(self, *args):
-        put(self, *args)
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(SavedState, "put", interrupt)
-        calibrate(settings)
+    interrupted(settings, monkeypatch)
     calibrate(replace(settings, method="fast"))
     kept = json.loads(settings.output.with_name("out.gguf.calibration.0.json").read_text())["measured"]
-    assert [name for name in kept] == ["exact 0 0"]
+    assert list(kept) == ["exact 0 0"]
     calibrate(settings)
     assert layers_measured == [0, 1, 2, 3, 0, 1, 2, 3]
     assert os.listdir(settings.output.parent) == ["out.gguf"]
@@ -300,28 +286,24 @@ def test_state_that_cannot_be_written(tmp_path, monkeypatch):
         state.put("exact", 0, {0: [1.0]})
 
 
-def test_two_processes_measure_what_one_does(settings, tmp_path):
-    alone = calibrate(settings)
+def test_two_processes_measure_what_one_does(settings, alone, tmp_path):
     arguments = [settings.model, "--gguf", settings.gguf, "-o", tmp_path / "two.gguf", "--windows", 2]
     arguments += ["--window-tokens", 480, "--ratios", "0.3,0.5", "--json"]
-    program = "from depthkv_edge.cli.calibrate import calibrate; calibrate()"
     script = tmp_path / "calibrate_two.py"
-    script.write_text(program)
+    script.write_text("from depthkv_edge.cli.calibrate import calibrate; calibrate()")
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script]
     done = subprocess.run([*map(str, launch), *map(str, arguments)], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     two = json.loads(done.stdout)
     np.testing.assert_allclose(two["sensitivity"], alone.calibration.sensitivity, atol=1e-6)
-    assert sorted(os.listdir(tmp_path)) == ["calibrate_two.py", "out.gguf", "two.gguf"]
+    assert sorted(os.listdir(tmp_path)) == ["calibrate_two.py", "two.gguf"]
 
 
-def test_dumped_curves_have_every_window(settings, tmp_path):
-    outcome = calibrate(settings)
-    dump_curves(outcome, tmp_path / "curves.json")
-    dumped = json.loads((tmp_path / "curves.json").read_text())
-    assert np.array(dumped["per_window"]).shape == (2, 4, 2)
+def test_dumped_curves_have_every_window(alone, tmp_path):
+    dump_curves(alone, tmp_path / "curves.json")
+    assert np.array(json.loads((tmp_path / "curves.json").read_text())["per_window"]).shape == (2, 4, 2)
     with pytest.raises(DepthKVError, match="cannot be written"):
-        dump_curves(outcome, tmp_path / "none" / "curves.json")
+        dump_curves(alone, tmp_path / "none" / "curves.json")
 
 
 def test_where_curves_may_go(settings, tmp_path):
@@ -353,6 +335,7 @@ def test_where_curves_may_go(settings, tmp_path):
         ({"gguf": Path("smollm2")}, ["30 layers", "has 4"]),
         ({"corpus": ("none.txt",)}, ["none.txt", "does not exist"]),
         ({"model": "./none"}, ["./none", "does not exist"]),
+        ({"output": Path("none/out.gguf")}, ["none/out.gguf", "is not a directory"]),
     ],
 )
 def test_what_is_wrong_is_said_before_the_work(settings, monkeypatch, change, parts):
@@ -365,11 +348,6 @@ def test_what_is_wrong_is_said_before_the_work(settings, monkeypatch, change, pa
     assert not settings.output.exists()
 
 
-def test_an_output_that_cannot_be_written(settings, tmp_path):
-    with pytest.raises(DepthKVError, match="none"):
-        calibrate(replace(settings, output=tmp_path / "none" / "out.gguf"))
-
-
 def test_another_model(settings, tmp_path):
     other = tmp_path / "other"
     other.mkdir()
@@ -378,16 +356,18 @@ def test_another_model(settings, tmp_path):
         calibrate(replace(settings, gguf=gguf))
 
 
-def test_an_embedding_model(settings, tmp_path):
-    (tmp_path / "config.json").write_text('{"model_type": "bert", "architectures": ["BertModel"]}')
-    with pytest.raises(DepthKVError, match="architecture BertModel.*no language-model head"):
-        calibrate(replace(settings, model=str(tmp_path)))
-
-
-def test_an_embedding_model_with_a_head(settings, tmp_path):
-    (tmp_path / "config.json").write_text('{"model_type": "llama", "architectures": ["LlamaForCausalLM"]}')
-    (tmp_path / "modules.json").write_text("[]")
-    with pytest.raises(DepthKVError, match="embedding model.*modules.json"):
+@pytest.mark.parametrize(
+    ("config", "files", "why"),
+    [
+        ({"model_type": "bert", "architectures": ["BertModel"]}, [], "BertModel.*no language-model head"),
+        ({"model_type": "llama", "architectures": ["LlamaForCausalLM"]}, ["modules.json"], "embedding .*modules.json"),
+    ],
+)
+def test_an_embedding_model(settings, tmp_path, config, files, why):
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    for name in files:
+        (tmp_path / name).write_text("[]")
+    with pytest.raises(DepthKVError, match=why):
         calibrate(replace(settings, model=str(tmp_path)))
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -70,6 +69,10 @@ def convert(path: Path, model_type: str, state: State, change: Change = unchange
             writer.add_tensor(name, weights)
         else:
             writer.add_tensor(name, weights.astype(np.float16))
+    return finish(writer, path)
+
+
+def finish(writer: GGUFWriter, path: Path) -> Path:
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -85,8 +88,9 @@ def refused(path: Path, n_layers: int, state: State) -> str:
     return message
 
 
-@pytest.mark.parametrize("model_type", ARCHITECTURES)
-@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize(
+    ("model_type", "tied"), [*((name, False) for name in ARCHITECTURES), ("llama", True), ("gemma3_text", True)]
+)
 def test_families(tmp_path, model_type, tied):
     model = tiny(model_type, tie_word_embeddings=tied)
     state = dict(model.named_parameters()) if tied else model.state_dict()
@@ -118,14 +122,10 @@ def test_padded_vocabulary(tmp_path):
     check_match(convert(tmp_path / "b.gguf", "llama", padded), N_LAYERS, state)
 
 
-def test_layer_count(tmp_path):
+def test_other_sizes(tmp_path):
     path = convert(tmp_path / "m.gguf", "llama", tiny("llama").state_dict())
     message = refused(path, 5, tiny("llama", num_hidden_layers=5).state_dict())
     assert "has 3 layers and some/model has 5" in message and "m.gguf" in message
-
-
-def test_hidden_size(tmp_path):
-    path = convert(tmp_path / "m.gguf", "llama", tiny("llama").state_dict())
     assert "hidden size 64, not 128" in refused(path, N_LAYERS, tiny("llama", hidden_size=128).state_dict())
 
 
@@ -144,26 +144,17 @@ def test_other_architectures(tmp_path):
     gemma = tiny("gemma3_text", tie_word_embeddings=False).state_dict()
     gemma["model.embed_tokens.weight"] = llama["model.embed_tokens.weight"]
     assert "norm" in refused(convert(tmp_path / "g.gguf", "gemma3_text", gemma), N_LAYERS, llama)
-    writer = GGUFWriter(tmp_path / "n.gguf", "nonesuch")
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    assert "'nonesuch' is not known" in refused(tmp_path / "n.gguf", N_LAYERS, llama)
+    unknown = finish(GGUFWriter(tmp_path / "n.gguf", "nonesuch"), tmp_path / "n.gguf")
+    assert "'nonesuch' is not known" in refused(unknown, N_LAYERS, llama)
 
 
 def test_draft_layers(tmp_path):
     state = tiny("llama").state_dict()
-    for count, add in ((1, "add_uint32"), ("one", "add_string")):
+    for count, add, part in (1, "add_uint32", "has 2 layers"), ("one", "add_string", "nextn_predict_layers is 'one'"):
         writer = GGUFWriter(tmp_path / "m.gguf", "llama")
         writer.add_block_count(N_LAYERS)
         getattr(writer, add)("llama.nextn_predict_layers", count)
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
-        found = refused(tmp_path / "m.gguf", N_LAYERS, state)
-        assert ("has 2 layers" if count == 1 else "key llama.nextn_predict_layers is 'one'") in found
+        assert part in refused(finish(writer, tmp_path / "m.gguf"), N_LAYERS, state)
 
 
 def test_nothing_to_compare(tmp_path):
@@ -181,26 +172,19 @@ def smollm2_state(smollm2: Path) -> State:
     return model.state_dict()
 
 
-def test_packaged_model(smollm2, smollm2_state):
+def test_packaged_model(smollm2, smollm2_state, tmp_path):
+    """As it is, and quantised otherwise."""
     check_match(smollm2, 30, smollm2_state)
-
-
-@pytest.mark.parametrize("quantisation", ["Q4_0", "F16"])
-def test_packaged_model_quantised_otherwise(smollm2, smollm2_state, tmp_path, quantisation):
-    ggml_type = GGMLQuantizationType[quantisation]
     writer = GGUFWriter(tmp_path / "m.gguf", "llama")
     writer.add_block_count(30)
     for tensor in open_gguf(smollm2).tensors:
         if tensor.name == "token_embd.weight":
-            weights = quantize(dequantize(tensor.data, tensor.tensor_type), ggml_type)
-            writer.add_tensor(tensor.name, weights, raw_dtype=ggml_type)
+            q4 = GGMLQuantizationType.Q4_0
+            weights = quantize(dequantize(tensor.data, tensor.tensor_type), q4)
+            writer.add_tensor(tensor.name, weights, raw_dtype=q4)
         elif "norm" in tensor.name:
             writer.add_tensor(tensor.name, tensor.data)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    check_match(tmp_path / "m.gguf", 30, smollm2_state)
+    check_match(finish(writer, tmp_path / "m.gguf"), 30, smollm2_state)
 
 
 def test_same_shapes_random_weights(smollm2, smollm2_state):
@@ -211,12 +195,19 @@ def test_same_shapes_random_weights(smollm2, smollm2_state):
     assert "norm.weight" in refused(smollm2, 30, random)
 
 
-def test_an_embedding_that_cannot_be_read_leaves_it_to_the_norms(monkeypatch):
-    def unreadable(*arguments):
-        raise NotImplementedError
+def test_an_embedding_that_cannot_be_read_leaves_it_to_the_norms(tmp_path, monkeypatch):
+    """gguf-py does not know every quantisation."""
 
-    monkeypatch.setattr(match, "dequantize", unreadable)
-    tensor = SimpleNamespace(shape=[4, 8], data=np.zeros((8, 4)), tensor_type=GGMLQuantizationType.IQ1_M)
-    assert match._embedding_difference(tensor, torch.zeros(8, 4), has_norms=True) == ""
-    assert "cannot read type IQ1_M" in match._embedding_difference(tensor, torch.zeros(8, 4), has_norms=False)
-    assert "hidden size" in match._embedding_difference(tensor, torch.zeros(8, 5), has_norms=True)
+    def read(data: np.ndarray, kind: GGMLQuantizationType) -> np.ndarray:
+        if kind == GGMLQuantizationType.Q8_0:
+            raise NotImplementedError
+        return dequantize(data, kind)
+
+    monkeypatch.setattr(match, "dequantize", read)
+    state, other = tiny("llama").state_dict(), tiny("llama", seed=1).state_dict()
+    path = convert(tmp_path / "m.gguf", "llama", state)
+    check_match(path, N_LAYERS, state)
+    assert "norm.weight" in refused(path, N_LAYERS, other)
+    embedding = {"model.embed_tokens.weight": state["model.embed_tokens.weight"]}
+    path = convert(tmp_path / "e.gguf", "llama", embedding)
+    assert "cannot read type Q8_0, and there are no norms" in refused(path, N_LAYERS, embedding)

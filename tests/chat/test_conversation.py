@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import run_python
-from hypothesis import given
-from hypothesis import strategies as st
 
-from depthkv_edge import DepthKVError
+from depthkv_edge import DepthKVError, Llama
 from depthkv_edge.chat.answer import token_bytes
 from depthkv_edge.chat.conversation import Conversation
 from depthkv_edge.chat.room import load_with_room
-from depthkv_edge.chat.saved import check_messages, read_saved, save
+from depthkv_edge.chat.saved import read_saved, save
 from depthkv_edge.chat.template import build_opening, build_turn
 from depthkv_edge.engine.capi import llama_cpp
 from depthkv_edge.errors import Stopped
@@ -24,14 +25,29 @@ SYSTEM = "You are a terse assistant. Answer in one sentence."
 HEAD = f"<|im_start|>system\n{SYSTEM}<|im_end|>\n<|im_start|>user\n"
 
 
+@pytest.fixture(scope="module")
+def models() -> Iterator[Callable[..., list[Llama]]]:
+    """Models that no test has in use, by their options."""
+    free: dict[Any, list[Llama]] = {}
+    yield lambda **options: free.setdefault(tuple(options.items()), [])
+    for llama in itertools.chain(*free.values()):
+        llama.close()
+
+
 @pytest.fixture
-def begin(load):
+def begin(smollm2, models):
     """Begin a conversation with short answers, the same each time."""
+    lent: list[tuple[list[Llama], Llama]] = []
+    defaults = {"n_ctx": 512, "n_batch": 64, "n_ubatch": 64, "n_threads": 2, "n_threads_batch": 2}
 
-    def make(system: str = SYSTEM, n_predict: int = 6, **kwargs) -> Conversation:
-        return Conversation(load(**kwargs), system, temperature=0.0, n_predict=n_predict)
+    def make(system: str = SYSTEM, n_predict: int = 6, **options) -> Conversation:
+        free = models(**options)
+        lent.append((free, free.pop() if free else Llama(smollm2, **(defaults | options), verbose=False)))
+        return Conversation(lent[-1][1], system, temperature=0.0, n_predict=n_predict)
 
-    return make
+    yield make
+    for free, llama in lent:
+        free.append(llama)
 
 
 def context(conversation: Conversation) -> str:
@@ -50,10 +66,7 @@ def rendered(messages: list[dict[str, str]], system: str = SYSTEM) -> str:
 
 def without_blanks(messages: list[dict[str, str]]) -> list[dict[str, str]]:
     """The same, with what the user has said beginning with a letter."""
-    return [
-        message | {"content": message["content"].lstrip()} if message["role"] == "user" else message
-        for message in messages
-    ]
+    return [each | {"content": each["content"].lstrip()} if each["role"] == "user" else each for each in messages]
 
 
 def engine_tokens(conversation: Conversation) -> int:
@@ -67,16 +80,18 @@ def questions(n: int, words: str = "in one sentence, please") -> list[str]:
     return [f"Question {i}: what are {things[i % len(things)]} good for, {words}?" for i in range(n)]
 
 
-def test_turns_are_what_the_template_makes_of_them(begin):
-    conversation = begin(n_ctx=1024)
-    for question in questions(3):
-        conversation.say(question)
-    assert context(conversation) == rendered(conversation.messages)
-    assert [message["role"] for message in conversation.messages] == ["user", "assistant"] * 3
+def fill(conversation: Conversation, build: Callable[..., Any], n_tokens: int) -> str:
+    """A message for which that many tokens are used, or a few more, when it has been read."""
+    llama, message = conversation.llama, "Tell me a long story. "
+    used = llama.n_tokens + len(conversation._pending)
+    while used + len(build(llama, message, SYSTEM).tokens) < n_tokens:
+        message += "Tell me more. "
+    return message
 
 
 @pytest.mark.parametrize("budget", [None, 0.25])
 def test_every_token_is_computed_once(begin, budget):
+    """And turns are what the template makes of them."""
     conversation = begin(n_ctx=1024, kv_budget=budget)
     llama_cpp.llama_perf_context_reset(conversation.llama.ctx)
     total = 0
@@ -87,18 +102,13 @@ def test_every_token_is_computed_once(begin, budget):
         # the last token of an answer is computed with the next message
         total -= len(conversation._pending)
         assert engine_tokens(conversation) == total == conversation.llama.n_tokens
+        assert context(conversation) == rendered(conversation.messages)
+    assert [message["role"] for message in conversation.messages] == ["user", "assistant"] * 8
     if budget:
         assert turn.kv.n_evict > 0
-
-
-def test_a_turn_costs_what_it_says(begin):
-    conversation = begin(n_ctx=1024)
-    conversation.say("Name a colour.")
-    turn = conversation.say("Name a city.")
-    llama = conversation.llama
-    added = "<|im_end|>\n<|im_start|>user\nName a city.<|im_end|>\n<|im_start|>assistant\n"
-    added_tokens = len(llama.tokenize(added.encode(), add_bos=False, special=True))
-    assert turn.tokens_new - added_tokens in (0, 1), "the message, and the last token of the answer before it"
+    added = f"<|im_end|>\n<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n"
+    n_added = len(conversation.llama.tokenize(added.encode(), add_bos=False, special=True))
+    assert turn.tokens_new - n_added in (0, 1), "the message, and the last token of the answer before it"
 
 
 def test_rolling_keeps_the_system_prompt_and_whole_turns(begin):
@@ -128,34 +138,19 @@ def test_rolling_keeps_the_system_prompt_and_whole_turns(begin):
 def test_an_answer_rolls_too(begin):
     conversation = begin(n_ctx=256, n_predict=20)
     conversation.say(questions(1)[0])
-    message = "Tell me a long story. "
-    used = conversation.llama.n_tokens + len(conversation._pending)
-    while used + len(build_turn(conversation.llama, message, SYSTEM).tokens) < 246:
-        message += "Tell me more. "
-    turn = conversation.say(message)
+    turn = conversation.say(fill(conversation, build_turn, 246))
     assert turn.tokens_dropped > 0 and turn.tokens_evaluated == turn.tokens_new
     assert turn.tokens_generated > 10
     assert context(conversation) == rendered(conversation.messages[-2:]), "in the middle of the answer"
 
 
-def test_an_answer_ends_with_the_context(begin):
+def test_an_answer_ends_with_the_context_and_is_read_again(begin):
     conversation = begin(n_ctx=256, n_predict=400)
-    message = "Tell me a long story. "
-    while len(build_opening(conversation.llama, message, SYSTEM).tokens) < 246:
-        message += "Tell me more. "
-    turn = conversation.say(message)
+    turn = conversation.say(fill(conversation, build_opening, 246))
     assert turn.finish == "context" and turn.tokens_generated < 12
     assert conversation.llama.n_tokens == 256
-    assert conversation.say("Name a colour.").tokens_dropped > 0
-
-
-def test_an_answer_that_has_filled_the_context_is_read_again(begin):
-    conversation = begin(n_ctx=256, n_predict=400)
-    message = "Tell me a long story. "
-    while len(build_opening(conversation.llama, message, SYSTEM).tokens) < 246:
-        message += "Tell me more. "
-    assert conversation.say(message).finish == "context"
     messages = list(conversation.messages)
+    assert conversation.say("Name a colour.").tokens_dropped > 0
     for before in ([], [{"role": "user", "content": "Name a colour."}, {"role": "assistant", "content": "Red."}]):
         conversation.replay(SYSTEM, before + messages)
         assert conversation.messages == before + messages and not conversation.forgotten
@@ -183,13 +178,16 @@ def test_what_is_held_by_age(begin):
 
 
 def test_held_in_full_without_a_budget(begin):
-    conversation = begin(n_ctx=512)
+    conversation = begin()
     conversation.say("Name a colour.")
     assert all(ages == [1.0] * 4 for ages in conversation.holding().ages)
 
 
 def test_a_stop_before_the_answer_changes_nothing(begin):
     first, second = begin(n_ctx=1024), begin(n_ctx=1024)
+    with pytest.raises(Stopped):
+        first.say("Name a colour.", stop=lambda: True)
+    assert first.messages == [] and first.llama.n_tokens == 0
     for conversation in (first, second):
         conversation.say("Name a colour.")
     before = context(first)
@@ -199,14 +197,6 @@ def test_a_stop_before_the_answer_changes_nothing(begin):
     assert context(first) == before
     assert first.messages == second.messages
     assert first.say("Name a city.").text == second.say("Name a city.").text
-
-
-def test_a_stop_in_the_first_message(begin):
-    conversation = begin()
-    with pytest.raises(Stopped):
-        conversation.say("Name a colour.", stop=lambda: True)
-    assert conversation.messages == [] and conversation.llama.n_tokens == 0
-    assert conversation.say("Name a colour.").text == begin().say("Name a colour.").text
 
 
 def test_a_stop_in_the_answer_keeps_what_was_said(begin):
@@ -275,28 +265,19 @@ def test_a_roll_that_fails_leaves_an_empty_context(begin, monkeypatch):
 
 def test_a_message_longer_than_the_context(begin):
     conversation = begin()
+    with pytest.raises(DepthKVError, match="512 tokens of context"):
+        conversation.say("word " * 600)
     conversation.say("Name a colour.")
     before = context(conversation)
-    with pytest.raises(DepthKVError, match="512 tokens of context") as caught:
-        conversation.say("word " * 600)
-    assert "\n" not in str(caught.value)
-    assert context(conversation) == before
-    with pytest.raises(DepthKVError, match="512 tokens of context"):
-        begin().say("word " * 600)
-
-
-def test_a_message_that_leaves_no_room_for_any_other(begin):
-    conversation = begin()
-    conversation.say("Name a colour.")
+    for message, why in ("word " * 600, "512 tokens of context"), (" \n", "empty"):
+        with pytest.raises(DepthKVError, match=why) as caught:
+            conversation.say(message)
+        assert "\n" not in str(caught.value)
+        assert context(conversation) == before
     turn = conversation.say("word " * 470)
-    assert turn.tokens_dropped > 0
+    assert turn.tokens_dropped > 0, "it leaves no room for any other"
     assert turn.tokens_evaluated == turn.tokens_new
     assert context(conversation) == rendered(conversation.messages[-2:])
-
-
-def test_an_empty_message(begin):
-    with pytest.raises(DepthKVError, match="empty"):
-        begin().say(" \n")
 
 
 def test_a_system_prompt_that_cannot_be_pinned(begin, text):
@@ -409,24 +390,18 @@ def test_not_a_saved_conversation(tmp_path, written, part):
     assert "chat.json" in str(caught.value) and "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    ("name", "part"), [("~nosuchuser/x", "home directory"), ("a\0b", "null byte"), ("none/x", "No such file")]
-)
-def test_a_file_that_cannot_be_had(begin, name, part):
+def test_where_a_conversation_is_kept(begin, tmp_path, monkeypatch):
     conversation = begin()
-    with pytest.raises(DepthKVError, match=f"cannot be written: .*{part}.*; give another path") as written:
-        save(conversation, Path(name))
-    with pytest.raises(DepthKVError, match=f"cannot be read: .*{part}.*; give another path") as read:
-        read_saved(Path(name))
-    for caught in (written, read):
-        assert str(caught.value).isprintable()
-
-
-def test_a_file_in_the_home_directory(begin, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
-    save(begin(), Path("~/chat.json"))
+    save(conversation, Path("~/chat.json"))
     assert read_saved(Path("~/chat.json")) == (SYSTEM, [])
     assert (tmp_path / "chat.json").is_file()
+    for name, part in ("~nosuchuser/x", "home directory"), ("a\0b", "null byte"), ("none/x", "No such file"):
+        with pytest.raises(DepthKVError, match=f"cannot be written: .*{part}.*; give another path") as written:
+            save(conversation, Path(name))
+        with pytest.raises(DepthKVError, match=f"cannot be read: .*{part}.*; give another path") as read:
+            read_saved(Path(name))
+        assert str(written.value).isprintable() and str(read.value).isprintable()
 
 
 def test_half_a_character_is_no_message(begin):
@@ -442,39 +417,17 @@ def test_half_a_character_is_no_message(begin):
     assert context(conversation) == rendered(conversation.messages)
 
 
-ANYTHING = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.text(max_size=5),
-    lambda inner: (
-        st.lists(inner, max_size=4)
-        | st.dictionaries(st.sampled_from(["messages", "system", "role", "content"]), inner, max_size=4)
-    ),
-    max_leaves=12,
-)
-
-
-@given(ANYTHING)
-def test_any_json_is_a_conversation_or_an_error(data):
-    try:
-        system, messages = check_messages(data)
-    except DepthKVError:
-        return
-    assert isinstance(system, str) and len(messages) % 2 == 0
-    assert all(isinstance(message["content"], str) for message in messages)
-
-
-def test_a_turn_does_not_depend_on_the_answer(load):
-    llama = load()
+def test_a_turn_does_not_depend_on_the_answer(begin):
+    llama = begin().llama
     turn = build_turn(llama, "Name a city.", SYSTEM)
-    written = b"".join(token_bytes(llama, token) for token in turn.tokens[turn.n_system :]).decode()
-    assert written.startswith("Name a city.")
     full = "<|im_end|>\n<|im_start|>user\nName a city.<|im_end|>\n<|im_start|>assistant\n"
     assert llama.detokenize(turn.tokens, special=True).decode() == full
     assert build_turn(llama, "depthkv-answer", SYSTEM).n_system == turn.n_system
 
 
 @pytest.mark.parametrize("blanks", ["", " ", "  ", "\n", "\n\n", "\t", " \n "])
-def test_what_comes_before_a_message_does_not_depend_on_its_blanks(load, blanks):
-    llama = load()
+def test_what_comes_before_a_message_does_not_depend_on_its_blanks(begin, blanks):
+    llama = begin().llama
     for build in (build_opening, build_turn):
         plain, prompt = build(llama, "hello", SYSTEM), build(llama, f"{blanks}hello", SYSTEM)
         assert prompt.tokens[: prompt.n_system] == plain.tokens[: plain.n_system]
@@ -482,8 +435,8 @@ def test_what_comes_before_a_message_does_not_depend_on_its_blanks(load, blanks)
         assert written.lstrip().startswith("hello")
 
 
-def test_a_model_without_a_template(load, smollm2, tmp_path, monkeypatch):
-    conversation = Conversation(load(), "Some text.", temperature=0.0, n_predict=4)
+def test_a_model_without_a_template(begin, monkeypatch):
+    conversation = begin("Some text.", n_predict=4)
     monkeypatch.delitem(conversation.llama.metadata, "tokenizer.chat_template")
     for question in ("One", "Two", "Three"):
         conversation.say(question)
@@ -505,7 +458,7 @@ def test_sliding_windows_roll_too(load, gemma3):
 def test_positions_that_cannot_be_shifted(begin):
     """What stays is computed again, and the conversation goes on with the same words."""
     shifted, computed = begin(n_ctx=256), begin(n_ctx=256)
-    for question in questions(8):
+    for question in questions(2):
         shifted.say(question)
     computed._can_shift = False
     again = []
@@ -516,10 +469,10 @@ def test_positions_that_cannot_be_shifted(begin):
         assert text == rendered(computed.messages[-2 * text.count("<|im_start|>user") :])
     assert computed.rolls > 0 and sum(n > 0 for n in again) == computed.rolls
     assert max(again) < 128 + 60, "the system prompt, and half of the rest at most"
-    assert computed.messages[:4] == shifted.messages[:4], "nothing is different before the first roll"
+    assert computed.messages[:4] == shifted.messages, "nothing is different before the first roll"
 
 
-def test_the_scripted_chat(cli):
+def test_the_scripted_chat():
     """`benchmarks/chat.py` on a small scale: it rolls several times, and every layer still holds the system prompt.
 
     Whether so small a model repeats it at the end depends on the last bits of the arithmetic, and so on the processor.

@@ -15,12 +15,11 @@ from typing import Any
 
 import pytest
 from conftest import Outcome
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+from in_process import run_here
+from support.outcome import refused
 from support.tiny import write_llama, write_mamba
 
 from depthkv_edge import DepthKVError
-from depthkv_edge.cli.main import main
 from depthkv_edge.engine import library
 from depthkv_edge.engine.budget import parse_budget, parse_size
 from depthkv_edge.modelfile.keys import KEY_BUDGET
@@ -99,21 +98,9 @@ def refuse(
 
     def run(*arguments: Any, model: Any = "smollm2") -> str:
         options = ["--port", free_port] if "--port" not in arguments else []
-        monkeypatch.setattr(sys, "argv", ["depthkv-edge", "serve", *map(str, (model, *options, *arguments))])
-        with pytest.raises(SystemExit) as end:
-            main()
-        said = capfd.readouterr()
-        return refused(Outcome(int(str(end.value.code)), said.out, said.err))
+        return refused(run_here(capfd, "serve", model, *options, *arguments))
 
     return run
-
-
-def refused(outcome: Outcome) -> str:
-    assert outcome.code == 2, outcome
-    assert outcome.out == "", "no server was started"
-    lines = outcome.err.splitlines()
-    assert len(lines) == 1 and lines[0].startswith("depthkv-edge: "), outcome.err
-    return lines[0].removeprefix("depthkv-edge: ")
 
 
 def started(outcome: Outcome) -> list[str]:
@@ -160,17 +147,6 @@ def test_defaults(start):
     assert outcome.err.splitlines()[1:] == ["KV cache  180.0 MiB of 180.0 MiB (100%)", "context   8192 tokens"]
 
 
-@pytest.mark.parametrize(
-    ("budget", "expected"), [("0.5", 0.5), ("48MiB", 48 / 45), ("512t", 0.25), ("1", 1.0), (None, 1.0)]
-)
-def test_budgets(here, budget, expected):
-    launch = here(budget=None if budget is None else parse_budget(budget))
-    assert value(launch.command, "--kv-budget") == (budget or "1.0"), "the engine reads there what it has read here"
-    assert launch.cache.budget == pytest.approx(min(1.0, expected), rel=1e-6)
-    assert launch.cache.bytes <= launch.cache.budget * launch.cache.bytes_full
-    assert launch.cache.bytes_full == 45 * 2**20
-
-
 def test_budget_in_bytes_is_kept(here):
     """Whatever the number of conversations."""
     for parallel in (1, 2, 3):
@@ -205,10 +181,10 @@ def test_cache_types(here):
     assert launch.cache.bytes_full == 45 * 2**20 * 34 // 64
 
 
-@pytest.mark.parametrize("flag", ["--cache-ram", "-cram", "--cache_ram"])
-def test_defaults_give_way(here, flag):
-    command = here(extra=(flag, "64")).command
-    assert command[-2:] == [flag, "64"] and sum("ram" in each for each in command) == 1
+def test_defaults_give_way(here):
+    for flag in ("--cache-ram", "-cram", "--cache_ram"):
+        command = here(extra=(flag, "64")).command
+        assert command[-2:] == [flag, "64"] and sum("ram" in each for each in command) == 1
 
 
 def test_memory(start, here):
@@ -222,12 +198,8 @@ def test_memory(start, here):
     assert "of 224.0 MiB" in rows["memory"]
     given = here(memory=256 * 2**20, n_ctx=4096, budget=parse_budget("0.3"))
     assert value(given.command, "--kv-budget") == "0.3" and value(given.command, "--ctx-size") == "4096"
-
-
-def test_auto(here):
-    """The largest budget that fits free memory, at the context that was asked for."""
-    launch = here(budget=parse_budget("auto"))
-    assert launch.cache.n_ctx == 2048 and launch.cache.budget == 1.0
+    largest = here(budget=parse_budget("auto")).cache
+    assert (largest.n_ctx, largest.budget) == (2048, 1.0), "the largest budget that fits free memory"
 
 
 def test_memory_counts_what_it_says(here):
@@ -250,14 +222,11 @@ def test_memory_counts_what_it_says(here):
 
 def test_the_environment(start):
     """What upstream reads from it does not contradict what was planned."""
-    argv = started(start("-c", 2048, LLAMA_ARG_KV_BUDGET="0.5"))
-    assert value(argv, "--kv-budget") == "0.5"
-    argv = started(start("-c", 2048, "--kv-budget", "0.25", LLAMA_ARG_KV_BUDGET="0.5", LLAMA_ARG_UBATCH="64"))
-    assert value(argv, "--kv-budget") == "0.25" and value(argv, "--ubatch-size") == "512"
+    argv = started(start("-c", 2048, LLAMA_ARG_KV_BUDGET="0.5", LLAMA_ARG_UBATCH="64"))
+    assert value(argv, "--kv-budget") == "0.5" and value(argv, "--ubatch-size") == "512"
 
 
-@pytest.mark.parametrize("flag", ["-b", "--ubatch-size"])
-@pytest.mark.parametrize("written", ["512x", "0", "-1"])
+@pytest.mark.parametrize(("flag", "written"), [("-b", "512x"), ("--ubatch-size", "0")])
 def test_numbers_after_the_dashes(here, flag, written):
     with pytest.raises(DepthKVError, match=f"{written} after -- is not a number above 0"):
         here(extra=(flag, written))
@@ -296,19 +265,8 @@ def test_a_key_file_that_can_be_read_once(here):
 @pytest.mark.skipif(os.name != "posix", reason="Windows has no exec")
 def test_it_becomes_the_server(stand_in, free_port):
     """The same process: its signals and its exit code are the server's."""
-    command = [
-        sys.executable,
-        "-m",
-        "depthkv_edge",
-        "serve",
-        "smollm2",
-        "-c",
-        "512",
-        "--port",
-        str(free_port),
-        "--",
-        "--wait",
-    ]
+    command = [sys.executable, "-m", "depthkv_edge", "serve", "smollm2", "-c", "512"]
+    command += ["--port", str(free_port), "--", "--wait"]
     environment = os.environ | {"DEPTHKV_LIB_PATH": str(stand_in)}
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment) as process:
         said = json.loads(process.stdout.readline())
@@ -326,14 +284,10 @@ def test_it_becomes_the_server(stand_in, free_port):
         (["--kv-budget", "2"], ["KV budget 2", "(0, 1]"]),
         (["--kv-budget", "0.01", "-c", "2048"], ["below the floor", "--kv-budget"]),
         (["--kv-budget", "0.1", "-c", "2048", "--parallel", "4"], ["below the floor", "lower --parallel"]),
-        (["--memory", "much"], ["'much'", "512MiB"]),
         (["--memory", "64MiB"], ["64.0 MiB is too little memory", "the least that would do"]),
-        (["-c", "0"], ["-c 0"]),
         (["-c", "9000"], ["-c 9000", "8192"]),
-        (["--parallel", "0"], ["--parallel 0"]),
         (["--port", "0"], ["--port 0", "65535"]),
         (["--port", "65536"], ["--port 65536", "65535"]),
-        (["--port", "http"], ["'http'"]),
         (["--host", "0.0.0.0"], ["--host 0.0.0.0", "other machines", "--api-key"]),
         (["--host", "::"], ["--host ::", "--api-key"]),
         (["--host", "no-such-host.invalid"], ["no-such-host.invalid", "127.0.0.1"]),
@@ -341,32 +295,37 @@ def test_it_becomes_the_server(stand_in, free_port):
         (["--api-key", ""], ["--api-key is empty"]),
         (["--api-key", "a,b"], ["--api-key", "commas"]),
         (["--api-key-file", "no-such-file"], ["no-such-file", "cannot be read"]),
-        (["--", "--kv-budget", "0.5"], ["--kv-budget after --", "use --kv-budget before it"]),
         (["--", "--ctx-size", "32"], ["--ctx-size after --", "use -c before it"]),
-        (["--", "--host", "0.0.0.0"], ["--host after --"]),
         (["--", "--override-kv", "depthkv.budget=float:0.5"], ["second KV budget"]),
         (["--", "--no-such-flag"], ["llama-server refuses: invalid argument: --no-such-flag"]),
         (["--", "--threads", "many"], ["llama-server refuses", '"--threads": stoi']),
         (["--", "--silent"], ["llama-server", "exit code 3"]),
         (["--", "--cache-type-k", "q3"], ["q3", "q8_0"]),
     ],
-    ids=lambda value: " ".join(value) if isinstance(value, list) and value[0].startswith("-") else "",
 )
 def test_refused(refuse, arguments, parts):
     line = refuse(*arguments)
     assert all(part in line for part in parts), line
 
 
-def test_no_such_model(refuse, tmp_path):
-    assert "does not exist" in refuse(model=tmp_path / "none.gguf")
-    assert "is a directory" in refuse(model=tmp_path)
-    (tmp_path / "m.gguf").write_bytes(b"GGUF" + bytes(99))
-    assert "m.gguf: " in refuse(model=tmp_path / "m.gguf")
+OURS = (
+    "-m --model --model-url -hf --hf_repo -c --ctx_size --kv-budget --host --port --api-key --api_key_file -np "
+    "--parallel --no-kv-pin"
+).split()
 
 
-def test_architecture(refuse, tmp_path):
-    line = refuse("--kv-budget", "0.5", model=write_mamba(tmp_path / "m.gguf"))
-    assert "'mamba'" in line
+@pytest.mark.parametrize("flag", OURS)
+def test_ours_are_refused_wherever_they_stand(here, flag):
+    with pytest.raises(DepthKVError, match=f"{flag} after -- contradicts what the server is started with: use "):
+        here(extra=("--jinja", flag, "x", "--no-mmap"))
+
+
+def test_wrong_models(refuse, tmp_path):
+    path = tmp_path / "m.gguf"
+    assert "does not exist" in refuse(model=path)
+    path.write_bytes(b"GGUF" + bytes(99))
+    assert "m.gguf: " in refuse(model=path)
+    assert "'mamba'" in refuse("--kv-budget", "0.5", model=write_mamba(path))
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
@@ -390,17 +349,13 @@ def test_port_just_left(here, free_port):
     assert here().address == f"http://127.0.0.1:{free_port}/"
 
 
-@pytest.mark.parametrize("text", ["", "# nothing\n\n"])
-def test_key_file_without_keys(refuse, tmp_path, text):
-    """The server would take it for no key at all, and let everyone in."""
-    (tmp_path / "keys").write_text(text)
-    line = refuse("--host", "0.0.0.0", "--api-key-file", tmp_path / "keys")
-    assert "holds no key" in line
-
-
-def test_key_file_with_carriage_returns(refuse, tmp_path):
-    (tmp_path / "keys").write_bytes(b"key\r\n")
-    assert "carriage return" in refuse("--api-key-file", tmp_path / "keys")
+@pytest.mark.parametrize(
+    ("content", "says"), [(b"", "holds no key"), (b"# nothing\n\n", "holds no key"), (b"key\r\n", "carriage return")]
+)
+def test_key_file_without_keys(refuse, tmp_path, content, says):
+    """The server would take it for no key at all, and let everyone in, or for a key that nobody has."""
+    (tmp_path / "keys").write_bytes(content)
+    assert says in refuse("--host", "0.0.0.0", "--api-key-file", tmp_path / "keys")
 
 
 def test_server_not_built(cli, stand_in, tmp_path, free_port):
@@ -412,28 +367,3 @@ def test_server_not_built(cli, stand_in, tmp_path, free_port):
     (tmp_path / "llama-server").write_text("not a program")
     line = refused(cli("serve", "smollm2", "--port", free_port, DEPTHKV_LIB_PATH=str(tmp_path)))
     assert "cannot be run" in line and "scripts/setup.sh" in line
-
-
-# any arguments
-
-FLAGS = st.sampled_from(["--threads-http", "-to", "--alias", "--jinja", "--seed", "x", "0", "--no-mmap", "--keep_it"])
-
-
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=25)
-@given(extra=st.lists(FLAGS, max_size=6))
-def test_arguments_pass_as_they_are(here, monkeypatch, extra):
-    monkeypatch.setattr(serve, "_check_command", lambda command, environment: None)
-    command = here(extra=tuple(extra), n_ctx=512).command
-    assert command[len(command) - len(extra) :] == extra
-
-
-@given(
-    before=st.lists(FLAGS, max_size=3),
-    ours=st.sampled_from(sorted(serve._OURS)),
-    underscores=st.booleans(),
-    after=st.lists(FLAGS, max_size=3),
-)
-def test_ours_are_refused_wherever_they_stand(before, ours, underscores, after):
-    flag = "--" + ours[2:].replace("-", "_") if underscores and ours.startswith("--") else ours
-    with pytest.raises(DepthKVError, match="after -- contradicts"):
-        serve._check_extra((*before, flag, *after))

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import Outcome, run_python
+from support.outcome import refused
 from support.tiny import write_llama
 
 import depthkv_edge
@@ -150,14 +151,12 @@ def test_the_budget_of_the_file(compat, make, tmp_path):
     assert make(path).kv_stats().budget == 0.75
 
 
-@pytest.mark.parametrize("written", ["abc", "0", "-1", "1.5", "120%", "1e"])
-def test_malformed(compat, tiny, monkeypatch, written):
-    with pytest.raises(DepthKVError, match="KV budget"):
-        compat.configure(kv_budget=written)
-    monkeypatch.setenv("DEPTHKV_KV_BUDGET", written)
-    with pytest.raises(DepthKVError, match="^DEPTHKV_KV_BUDGET: KV budget .*60%") as caught:
+def test_malformed(compat, tiny, monkeypatch):
+    with pytest.raises(DepthKVError, match="^KV budget 'abc'"):
+        compat.configure(kv_budget="abc")
+    monkeypatch.setenv("DEPTHKV_KV_BUDGET", "abc")
+    with pytest.raises(DepthKVError, match="^DEPTHKV_KV_BUDGET: KV budget 'abc'"):
         llama_cpp.Llama(str(tiny), **QUIET)
-    assert "\n" not in str(caught.value)
 
 
 def test_what_the_engine_refuses_is_a_value_error(compat, tiny):
@@ -226,26 +225,15 @@ def evicted(llama: Any) -> int:
 
 @pytest.mark.usefixtures("budget")
 class TestWithABudget:
-    def test_a_prompt_longer_than_the_cells(self, make, tokens):
-        llama = make()
-        answer = llama.create_completion(tokens[:200], max_tokens=8, temperature=0.0)
-        assert answer["usage"]["prompt_tokens"] == 200
-        stats = llama.kv_stats()
-        assert stats.active and stats.n_evict > 0
-        assert all(layer.used <= layer.cells == 128 for layer in stats.layers)
-
-    def test_pickle(self, make, tiny):
-        llama = make(tiny, scorer="window")
-        again = pickle.loads(pickle.dumps(llama))
-        with closing(again):
-            assert type(again) is type(llama)
-            assert again.kv_stats().to_dict() == llama.kv_stats().to_dict()
-
-    def test_pickle_keeps_the_budget(self, compat, make, tiny):
-        data = pickle.dumps(make(tiny))
+    def test_pickle(self, compat, make, tiny):
+        """Whatever is configured when it is read again."""
+        llama = make(tiny, scorer="window", n_sink=8, n_recent=40)
+        data = pickle.dumps(llama)
         compat.configure(kv_budget=None)
         with closing(pickle.loads(data)) as again:
-            assert again.kv_stats().budget == 0.5
+            assert type(again) is type(llama)
+            assert again.kv_stats().to_dict() == llama.kv_stats().to_dict()
+            assert again.context_params.flash_attn_type == llama.context_params.flash_attn_type
 
     @pytest.mark.parametrize("taken", ["before", "after"])
     def test_from_pretrained(self, compat, tiny, taken, monkeypatch):
@@ -258,7 +246,7 @@ class TestWithABudget:
             assert type(llama) is compat.Llama
             assert llama.kv_stats().budget == 0.5
 
-    @pytest.mark.parametrize("chat_format", [None, "chatml", "chatml-function-calling"])
+    @pytest.mark.parametrize("chat_format", [None, "chatml-function-calling"])
     def test_chat_formats(self, make, document, chat_format):
         llama = make(chat_format=chat_format)
         question = [{"role": "user", "content": document(150) + "\n\nWhat is this?"}]
@@ -309,17 +297,7 @@ class TestWithABudget:
         newest = max(llama.kv_positions(0))
         assert newest == llama.n_tokens - 1
 
-    def test_state(self, make, tokens):
-        """Tokens that were evicted stay evicted, and what follows is the same."""
-        llama, other = make(), make()
-        llama.eval(tokens[:200])
-        other.load_state(llama.save_state())
-        assert [other.kv_positions(i) for i in range(30)] == [llama.kv_positions(i) for i in range(30)]
-        for instance in (llama, other):
-            instance.eval(tokens[200:210])
-        assert np.array_equal(llama._scores[-1], other._scores[-1])
-
-    @pytest.mark.parametrize(("kind", "n_prompt"), [("RAM", 60), ("RAM", 160), ("Disk", 160)])
+    @pytest.mark.parametrize(("kind", "n_prompt"), [("RAM", 60), ("Disk", 160)])
     def test_cache(self, make, tokens, kind, n_prompt, tmp_path, monkeypatch):
         """The second instance evaluates no prompt, unless the first had to evict from it while it answered."""
         cache = llama_cpp.LlamaRAMCache() if kind == "RAM" else llama_cpp.LlamaDiskCache(str(tmp_path))
@@ -351,14 +329,6 @@ class TestWithABudget:
     def test_n_ctx_of_the_model(self, make, tiny):
         stats = make(tiny, n_ctx=0).kv_stats()
         assert stats.budget == 0.5 and stats.layers[0].cells == 256  # of 512
-
-    def test_prefixes_are_reused(self, make, tokens):
-        llama = make()
-        llama.create_completion(tokens[:60], max_tokens=1, temperature=0.0)
-        before = llama.kv_stats().layers[0]
-        llama.create_completion(tokens[:50] + tokens[200:220], max_tokens=1, temperature=0.0)
-        assert before.used == 60
-        assert llama.kv_positions(0) == list(range(70))
 
 
 # --- programs of somebody else ----------------------------------------------------------------------------------------
@@ -398,19 +368,10 @@ def test_a_program_that_exits(tmp_path):
     assert run(tmp_path / "app.py").code == 7
 
 
-@pytest.mark.parametrize(
-    ("arguments", "parts"),
-    [
-        (["--kv-budget", "abc", "app.py"], ["'abc'", "60%"]),
-        (["none.py"], ["none.py", "-m"]),
-        ([], ["PROGRAM"]),
-    ],
-)
+@pytest.mark.parametrize(("arguments", "parts"), [(["none.py"], ["none.py", "-m"]), ([], ["PROGRAM"])])
 def test_one_line_and_exit_code_2(arguments, parts):
-    outcome = run(*arguments)
-    assert (outcome.code, outcome.out) == (2, "")
-    (line,) = outcome.err.splitlines()
-    assert line.startswith("depthkv-edge: ") and all(part in line for part in parts), line
+    line = refused(run(*arguments))
+    assert all(part in line for part in parts), line
 
 
 def test_a_module_that_cannot_be_run(tmp_path):
@@ -418,35 +379,24 @@ def test_a_module_that_cannot_be_run(tmp_path):
         (tmp_path / name).mkdir()
         (tmp_path / name / "__init__.py").write_text(code)
     path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
-    for module, parts in {
-        "no_such_module": ["no_such_module does not exist", "python -m"],
-        "no_such_package.module": ["no_such_package", "python -m"],
-        "plain": ["plain.__main__ does not exist"],
-        "plain.none": ["plain.none does not exist"],
-        "failing": ["OSError: not today"],
-        "failing.module": ["OSError: not today"],
-        "plain..none": ["plain..none"],
-        "": ["python -m"],
+    for module, says in {
+        "no_such_package.module": "no_such_package",
+        "plain": "plain.__main__ does not exist",
+        "failing.module": "OSError: not today",
+        "": "python -m",
     }.items():
-        outcome = run("-m", module, PYTHONPATH=path)
-        assert (outcome.code, outcome.out) == (2, ""), (module, outcome.err)
-        (line,) = outcome.err.splitlines()
-        assert line.startswith("depthkv-edge: ") and all(part in line for part in parts), line
+        assert says in refused(run("-m", module, PYTHONPATH=path))
 
 
 def test_what_is_wrong_with_the_environment_is_said_first(program, tiny):
-    outcome = run(program, tiny, DEPTHKV_KV_BUDGET="1.5")
-    assert (outcome.code, outcome.out) == (2, "")
-    assert outcome.err.splitlines() == [
-        'depthkv-edge: DEPTHKV_KV_BUDGET: KV budget 1.5 is above the full cache: give a fraction in (0, 1], "60%", '
-        '"96MiB", "4096t" (tokens per layer on average) or "auto"'
-    ]
+    assert refused(run(program, tiny, DEPTHKV_KV_BUDGET="1.5")) == (
+        'DEPTHKV_KV_BUDGET: KV budget 1.5 is above the full cache: give a fraction in (0, 1], "60%", "96MiB", "4096t" '
+        '(tokens per layer on average) or "auto"'
+    )
 
 
 def test_what_the_engine_refuses_is_one_line(program, tiny):
-    outcome = run("--kv-budget", "1KiB", program, tiny)
-    assert (outcome.code, outcome.out) == (2, "")
-    assert len(outcome.err.splitlines()) == 1 and "floor" in outcome.err
+    assert "floor" in refused(run("--kv-budget", "1KiB", program, tiny))
 
 
 def test_one_import_in_a_program(tmp_path, tiny):

@@ -1,91 +1,86 @@
-"""A calibrated calibrated in the engine: layers get what their sensitivity asks for, and that is worth something."""
+"""A calibrated model in the engine: layers get what their sensitivity asks for, and that is worth something."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from gguf import GGUFWriter
+from support.keys import make_calibration
+from support.tiny import write_llama
 
-from depthkv_edge import DepthKVError, Llama
-from depthkv_edge.engine import capi
-from depthkv_edge.engine.rules import ALLOC_RULES
-from depthkv_edge.modelfile.writer import write_calibrated
+from depthkv_edge import DepthKVError
+from depthkv_edge.engine.context import Options, load_without_weights, plan_context
+from depthkv_edge.engine.stats import KVStats
+from depthkv_edge.modelfile.keys import to_keys
 from depthkv_edge.quality.f32 import write_f32
 from depthkv_edge.quality.language import run_window
 from depthkv_edge.quality.model import load_model
 from depthkv_edge.quality.rows import build_rows
 
-N_LAYERS, ALIGN, FLOOR = 30, 32, 4 + 32 + 32  # sinks, recent tokens, the smallest ubatch
+N_CTX = 3072  # 96 steps of 32 cells in each layer
+RATIOS = (0.1, 0.2, 0.4, 0.7)
+ONE, FOUR, NONE = [0.1] * 4, [0.4] * 4, [0.0] * 4
 
 
-def stats_of(path: Path, **options):
-    llama = Llama(path, n_ctx=options.pop("n_ctx", 4096), verbose=False, **options)
-    stats = llama.kv_stats()
-    llama.close()
-    return stats
+def write(path: Path, curves: Sequence[Sequence[float]], **facts: Any) -> Path:
+    """A model of two layers whose file carries these losses."""
+    loss = np.array(curves, np.float32)
+    measured = {"keep_ratios": RATIOS, "sensitivity": loss, "sensitivity_se": loss}
+    calibration = make_calibration(len(loss), **({"rule": ""} | measured | facts))
+
+    def extra(writer: GGUFWriter) -> None:
+        for key in to_keys(calibration):
+            writer.add_key_value(*key)
+
+    return write_llama(path, extra)
 
 
-@pytest.mark.parametrize("rule", [None, *ALLOC_RULES])
-@pytest.mark.parametrize("budget", [0.2, 0.4, 0.6])
-def test_cells_follow_the_curves(calibrated, calibration, rule, budget):
-    stats = stats_of(calibrated, kv_budget=budget, rule=rule)
-    expected = capi.alloc(
-        float(np.float32(budget)),
-        N_LAYERS,
-        4096,
-        rule=rule,
-        keep_ratios=calibration.keep_ratios,
-        sensitivity=calibration.sensitivity,
-        n_floor=FLOOR,
-        n_align=ALIGN,
-    )
-    assert [layer.cells for layer in stats.layers] == expected
-    assert stats.bytes <= budget * stats.bytes_full * (1 + 1e-6)
-    assert stats.calibrated == "attention"
-    assert stats.rule == (rule or DEFAULT_RULE)
-    assert (len(set(expected)) > 2) == (stats.rule != "uniform")
+def planned(path: Path, budget: str | None, rule: str | None = None) -> KVStats:
+    with load_without_weights(path) as model:
+        return plan_context(model, Options(n_ctx=N_CTX, budget=budget, rule=rule)).kv
 
 
-DEFAULT_RULE = "optimal"
+@pytest.mark.parametrize(
+    ("rule", "curves", "budget", "cells"),
+    [
+        # 57 of 192 steps: the odd one is the first layer's
+        ("uniform", [ONE, FOUR], "0.3", [29 * 32, 28 * 32]),
+        # four times the sensitivity, twice the cells; what does not fit into a full layer goes to the other
+        ("proportional", [ONE, FOUR], "0.3", [19 * 32, 38 * 32]),
+        ("proportional", [ONE, FOUR], "0.9", [76 * 32, N_CTX]),
+        # 4 sinks, 32 recent tokens and the smallest ubatch take 3 steps
+        ("proportional", [NONE, FOUR], "0.3", [3 * 32, 54 * 32]),
+        # 105 of 192 steps: who loses keeps everything, who does not gives; what nobody gains from is shared
+        ("optimal", [[1e-6, 0, 0, 0], [2, 1, 0.5, 0.3]], "0.55", [9 * 32, N_CTX]),
+        ("optimal", [NONE, NONE], "0.5", [N_CTX // 2, N_CTX // 2]),
+    ],
+)
+def test_cells_follow_the_curves(tmp_path, rule, curves, budget, cells):
+    path = write(tmp_path / "m.gguf", curves)
+    kv = planned(path, budget, rule)
+    assert [layer.cells for layer in kv.layers] == cells
+    assert (kv.rule, kv.calibrated, kv.n_ctx_seq) == (rule, "attention", N_CTX)
+    if rule == "optimal":
+        assert planned(path, budget).layers == kv.layers, "the engine's own choice"
 
 
-def test_without_a_budget_it_is_the_stock_cache(calibrated):
-    assert not stats_of(calibrated, n_ctx=512).active
+def test_what_the_file_asks_for(tmp_path):
+    path = write(tmp_path / "m.gguf", [ONE, FOUR], rule="uniform", budget=0.5)
+    kv = planned(path, None)
+    assert (kv.rule, kv.budget, kv.calibrated) == ("uniform", 0.5, "attention")
+    assert planned(path, None, "optimal").rule == "optimal"
+    assert not planned(write(path, [ONE, FOUR]), None).active, "without a budget it is the stock cache"
 
 
-def test_rule_of_the_file(smollm2, calibration, tmp_path):
-    path = tmp_path / "m.gguf"
-    write_calibrated(smollm2, path, replace(calibration, rule="uniform", budget=0.5))
-    stats = stats_of(path, n_ctx=1024)
-    assert (stats.rule, stats.budget, stats.calibrated) == ("uniform", 0.5, "attention")
-    assert stats_of(path, n_ctx=1024, rule="optimal").rule == "optimal"
-
-
-def test_a_layer_without_curve_is_an_error_not_uniform(smollm2, calibration, tmp_path):
-    path = tmp_path / "m.gguf"
-    fewer = replace(
-        calibration,
-        layer_ids=tuple(range(N_LAYERS - 1)),
-        sensitivity=calibration.sensitivity[:-1],
-        sensitivity_se=calibration.sensitivity_se[:-1],
-    )
-    write_calibrated(smollm2, path, fewer)
-    with pytest.raises(DepthKVError, match="depthkv.layer_ids' lacks layer 29"):
-        Llama(path, n_ctx=1024, kv_budget=0.5, verbose=False)
-    assert not stats_of(path, n_ctx=1024).active
-
-
-def test_run_says_how_layers_are_sized(cli, calibrated, smollm2):
-    run = ("-p", "Name a colour.", "-n", 2, "-c", 2048, "--kv-budget", 0.5)
-    assert f"by calibrated sensitivity ({DEFAULT_RULE})" in " ".join(cli("run", calibrated, *run).err.split())
-    assert "the allocation rule is uniform" in cli("run", calibrated, *run, "--rule", "uniform").err
-    assert "the calibrated file carries no calibration" in cli("run", "smollm2", *run).err
-    other = " ".join(cli("run", calibrated, *run, "--scorer", "streaming").err.split())
-    assert "calibrated with scorer attention, not streaming" in other
-    refused = cli("run", "smollm2", *run, "--rule", "optimal")
-    assert refused.code == 2 and "calibrate the calibrated or use uniform" in refused.err
+def test_a_layer_without_curve_is_an_error_not_uniform(tmp_path):
+    path = write(tmp_path / "m.gguf", [ONE])
+    with pytest.raises(DepthKVError, match="depthkv.layer_ids' lacks layer 1"):
+        planned(path, "0.5")
+    assert not planned(path, None).active
 
 
 def test_better_than_uniform_and_only_in_the_right_layers(calibrated, text, tmp_path):

@@ -1,22 +1,20 @@
-"""Numbers and models that the engine would crash on, or take for others, are refused by name."""
+"""Numbers and models that the engine would crash on, or take for others, are refused by name.
+
+Those of the command line are in tests/cli/test_cli_errors.py.
+"""
 
 from __future__ import annotations
 
-import sys
-import time
 from fractions import Fraction
 
-import click
 import numpy as np
 import pytest
-from conftest import run_python
 from hypothesis import given
 from hypothesis import strategies as st
+from support.tiny import write_llama
 
 from depthkv_edge import DepthKVError, Llama
-from depthkv_edge.checks import INT32_MAX, MAX_THREADS, check_number, check_threads, default_threads
-from depthkv_edge.cli.main import cli as command
-from depthkv_edge.cli.main import main
+from depthkv_edge.checks import INT32_MAX, check_number, check_threads, default_threads
 
 OUTSIDE = st.one_of(
     st.integers(max_value=-2),
@@ -65,23 +63,24 @@ def test_how_many_threads_there_may_be(monkeypatch, value, why):
         check_threads("n_threads", value)
 
 
-def test_more_cores_than_the_engine_has_room_for(monkeypatch, smollm2):
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    return write_llama(tmp_path_factory.mktemp("tiny") / "m.gguf")
+
+
+def test_more_cores_than_the_engine_has_room_for(monkeypatch, tiny):
     monkeypatch.setattr("os.cpu_count", lambda: 1100)
     monkeypatch.setattr("psutil.cpu_count", lambda logical=True: 1100)
-    assert check_threads("--threads", default_threads()) == MAX_THREADS
-    for threads in ({}, {"n_threads": None, "n_threads_batch": 0}):
-        llama = Llama(smollm2, n_ctx=64, verbose=False, **threads)
-        params = llama.context_params
+    assert check_threads("--threads", default_threads()) == 512
+    for threads, n in (({}, 512), ({"n_threads": None, "n_threads_batch": 0}, 512), ({"n_threads": 3}, 3)):
+        llama = Llama(tiny, n_ctx=64, verbose=False, **threads)
         llama.close()
-        assert (params.n_threads, params.n_threads_batch) == (MAX_THREADS, MAX_THREADS)
-    llama = Llama(smollm2, n_ctx=64, verbose=False, n_threads=3)
-    llama.close()
-    assert (llama.context_params.n_threads, llama.context_params.n_threads_batch) == (3, MAX_THREADS)
+        assert (llama.context_params.n_threads, llama.context_params.n_threads_batch) == (n, 512)
 
 
 @pytest.fixture(scope="module")
-def llama(smollm2):
-    with_budget = Llama(smollm2, n_ctx=256, kv_budget=0.5, verbose=False)
+def llama(tiny):
+    with_budget = Llama(tiny, n_ctx=256, kv_budget=0.5, verbose=False)
     yield with_budget
     with_budget.close()
 
@@ -123,22 +122,22 @@ def test_layers(llama, layer):
         st.just("512"),
     )
 )
-def test_arguments(smollm2, name, value):
+def test_arguments(tiny, name, value):
     with pytest.raises(DepthKVError, match=name):
-        Llama(smollm2, verbose=False, **{name: value})
+        Llama(tiny, verbose=False, **{name: value})
 
 
-@pytest.mark.parametrize("name", ["n_ctx", "n_batch", "n_ubatch"])
-def test_arguments_that_have_to_be_there(smollm2, name):
+def test_arguments_that_have_to_be_there(tiny):
     """The base class has no other meaning for None than for a number."""
-    with pytest.raises(DepthKVError, match=f"{name} None is not a whole number"):
-        Llama(smollm2, verbose=False, **{name: None})
+    for name in ("n_ctx", "n_batch", "n_ubatch"):
+        with pytest.raises(DepthKVError, match=f"{name} None is not a whole number"):
+            Llama(tiny, verbose=False, **{name: None})
 
 
-@pytest.mark.parametrize("value", [4, 9, 15, 31, 39, 999])
-def test_types_that_no_cache_has(smollm2, value):
-    with pytest.raises(DepthKVError, match=f"type_v {value} is no type of a KV cache"):
-        Llama(smollm2, type_v=value, verbose=False)
+def test_types_that_no_cache_has(tiny):
+    for value in (4, 9, 31, 999):
+        with pytest.raises(DepthKVError, match=f"type_v {value} is no type of a KV cache"):
+            Llama(tiny, type_v=value, verbose=False)
 
 
 def test_a_model_that_has_been_closed(smollm2):
@@ -168,111 +167,3 @@ def test_a_model_that_has_been_closed(smollm2):
 def test_no_model():
     with pytest.raises(DepthKVError, match="no model is named"):
         Llama("")
-
-
-# --- the command line -------------------------------------------------------------------------------------------------
-
-# where so large or so small a number is allowed
-ALLOWED = {("calibrate", "--seed"), ("serve", "--port")}
-HUGE = "9" * 30
-
-NUMBERS = [
-    (name, tuple(option.opts), value)
-    for name, sub in command.commands.items()
-    for option in sub.params
-    if isinstance(option, click.Option) and isinstance(option.type, click.types.IntParamType)
-    for value in (HUGE, f"-{HUGE}", "-1", "0.5", "", " ")
-    if (name, option.opts[0]) not in ALLOWED
-]
-FILES = [
-    (name, max(option.opts, key=len))
-    for name, sub in command.commands.items()
-    for option in sub.params
-    if isinstance(option, click.Option) and option.metavar and option.metavar.startswith(("FILE", "DIR"))
-]
-REQUIRED = {"run": ["-p", "Hello"], "calibrate": ["-o", "out.gguf"]}
-
-
-def refusal(monkeypatch, capsys, *arguments: str) -> str:
-    """The one line, with which a command ends at once."""
-    monkeypatch.setattr(sys, "argv", ["depthkv-edge", *arguments])
-    started = time.monotonic()
-    with pytest.raises(SystemExit) as caught:
-        main()
-    assert time.monotonic() - started < 60  # what would take hours did not begin
-    written = capsys.readouterr()
-    assert caught.value.code == 2 and written.out == ""
-    assert written.err.startswith("depthkv-edge: ") and written.err.count("\n") == 1
-    return written.err
-
-
-@pytest.mark.parametrize(("name", "spellings", "value"), NUMBERS)
-def test_every_number_of_every_command(monkeypatch, capsys, name, spellings, value):
-    given = f"{max(spellings, key=len)}={value}"
-    line = refusal(monkeypatch, capsys, name, "smollm2", *REQUIRED.get(name, []), given)
-    assert any(spelling in line for spelling in spellings)
-
-
-@pytest.mark.parametrize(("name", "option"), FILES)
-def test_every_file_of_every_command(monkeypatch, capsys, name, option):
-    line = refusal(monkeypatch, capsys, name, "smollm2", *REQUIRED.get(name, []), f"{option}=")
-    assert f"{option} is empty" in line
-
-
-@pytest.mark.parametrize("name", sorted(command.commands))
-def test_every_model_of_every_command(monkeypatch, capsys, name):
-    assert "no model is named" in refusal(monkeypatch, capsys, name, "", *REQUIRED.get(name, []))
-
-
-@pytest.mark.parametrize("name", ["run", "chat", "bench", "eval"])
-@pytest.mark.parametrize("value", ["1000", "100000", "0"])
-def test_more_threads_than_do_any_good(monkeypatch, capsys, name, value):
-    line = refusal(monkeypatch, capsys, name, "smollm2", *REQUIRED.get(name, []), "--threads", value)
-    assert f"--threads {value} " in line
-
-
-SERVER_THREADS = (
-    "-t --threads -tb --threads-batch --threads_batch --threads-http --spec-draft-threads -td --threads-draft "
-    "--spec-draft-threads-batch -tbd --threads-batch-draft"
-).split()
-
-
-@pytest.mark.parametrize("flag", SERVER_THREADS)
-@pytest.mark.parametrize("value", ["100000", "+100000", " 100000", "100000x", HUGE])
-def test_more_threads_than_do_any_good_in_the_server(monkeypatch, capsys, flag, value):
-    line = refusal(monkeypatch, capsys, "serve", "smollm2", "--", flag, value)
-    assert f"{flag} after --: " in line and "is far above" in line
-
-
-@pytest.mark.parametrize(
-    ("variable", "flag"), [("LLAMA_ARG_THREADS", "-t"), ("LLAMA_ARG_THREADS_HTTP", "--threads-http")]
-)
-def test_more_threads_than_do_any_good_in_the_environment(monkeypatch, capsys, variable, flag):
-    monkeypatch.setenv(variable, "100000")
-    assert f"{variable} 100000 is far above" in refusal(monkeypatch, capsys, "serve", "smollm2")
-    # an argument wins over the variable
-    assert variable not in refusal(monkeypatch, capsys, "serve", "smollm2", "--", flag, "2", "--no-such-flag")
-
-
-@pytest.mark.parametrize(
-    ("budget", "reason"), [([], "the KV cache takes"), (["--kv-budget", "0.9"], "longer than the 16777216 positions")]
-)
-def test_a_context_that_no_machine_holds(cli, smollm2, budget, reason):
-    """Refused before its cells are counted out, which would take most of a minute."""
-    started = time.monotonic()
-    outcome = cli("run", "smollm2", "-p", "hi", "-c", 2**31 - 1, *budget)
-    assert outcome.code == 2 and outcome.err.count("\n") == 1
-    assert reason in outcome.err and "give a smaller" in outcome.err
-    assert time.monotonic() - started < 30
-
-
-def test_a_context_beyond_the_positions(cli, tmp_path):
-    """The cache would be small, its positions are more than are computed with."""
-    code = (
-        "from depthkv_edge import Llama\n"
-        "from depthkv_edge.engine import capi\n"
-        "from depthkv_edge.modelfile.packaged import resolve_model\n"
-        "Llama._check_memory = lambda *arguments: None\n"
-        "Llama(resolve_model('smollm2'), n_ctx=2**25, kv_budget=0.01, verbose=False)\n"
-    )
-    assert "a context of 33554432 tokens is longer than the 16777216 positions" in run_python("-c", code).err

@@ -9,7 +9,7 @@ from support.tiny import write_llama
 from depthkv_edge import DepthKVError, Llama
 
 
-@pytest.mark.parametrize("name", ["version", "layers missing", "curves nan", "scorer bytes", "sinks 0"])
+@pytest.mark.parametrize("name", ["layers missing", "curves nan", "scorer bytes", "sinks 0"])
 def test_hostile_keys(tmp_path, name):
     def extra(writer) -> None:
         for key in hostile(name):

@@ -49,7 +49,8 @@ def test_one_plan(
     assert [layer["cells"] for layer in server.slot()["kv"]["layers"]] == cells, "llama-server"
     server.close()
 
-    done = run("llama-bench", "-m", smollm2, "-p", N_CTX, "-n", 0, "-r", 1, "-o", "json", "-v", "--kv-budget", budget)
+    once = ("-n", 0, "-r", 1, "--no-warmup", "-o", "json")
+    done = run("llama-bench", "-m", smollm2, "-p", N_CTX, *once, "-v", "--kv-budget", budget)
     assert json.loads(done.stdout)[0]["kv_budget"] == budget
     said = re.search(r"llama_kv_cache_depth: size = +([\d.]+) MiB \((\d+)\.\.(\d+) of (\d+) cells", done.stderr)
     assert said is not None, done.stderr
@@ -58,14 +59,11 @@ def test_one_plan(
     ], "llama-bench"  # fmt: skip
 
 
-@pytest.mark.parametrize("tool", ["llama-server", "llama-bench"])
-def test_auto_in_the_programs(tool: str, start: Callable[..., Server], smollm2: Path):
+def test_auto_in_the_programs(start: Callable[..., Server], smollm2: Path):
     """There is memory for all of such a small model: the full cache, which is that of stock llama.cpp."""
-    if tool == "llama-server":
-        kv = start("-m", smollm2, "-c", N_CTX, "-np", 1, "--kv-budget", "auto").slot()["kv"]
-        assert (kv["active"], kv["budget"]) == (False, 1)
-        return
-    done = run(tool, "-m", smollm2, "-p", 128, "-n", 0, "-r", 1, "-o", "json", "--kv-budget", "auto,0.6")
+    kv = start("-m", smollm2, "-c", N_CTX, "-np", 1, "--kv-budget", "auto").slot()["kv"]
+    assert (kv["active"], kv["budget"]) == (False, 1)
+    done = run("llama-bench", "-m", smollm2, "-p", 128, "-n", 0, "-r", 1, "-o", "json", "--kv-budget", "auto,0.6")
     assert [row["kv_budget"] for row in json.loads(done.stdout)] == ["auto", "0.6"]
 
 

@@ -107,18 +107,6 @@ def test_same_cells_as_the_slow_account(rule, layer, n_tokens, n_cells, ubatch, 
     assert [(h.start, h.pos.tolist()) for h in found] == expected
 
 
-@settings(max_examples=40, deadline=None)
-@given(rule=st.sampled_from(sorted(SCORERS)), n_tokens=st.integers(100, 1200), n_cells=st.integers(N_CELLS_MIN, 600))
-def test_bounded_with_sinks_and_recent_tokens(rule, n_tokens, n_cells):
-    ubatch = n_ubatch(n_cells)
-    held = simulate(rule, 0, n_tokens, n_cells, ubatch, lambda q, c: np.ones(len(c), F))
-    for h in held:
-        n = min(ubatch, n_tokens - h.start)
-        assert len(h.pos) + n <= n_cells
-        safe = set(range(min(N_SINK, h.start))) | set(range(max(0, h.start - N_RECENT), h.start))
-        assert safe <= set(h.pos.tolist())
-
-
 def test_first_leaves_out_what_ends_before_it():
     everything = simulate("streaming", 0, 600, 100, 32, None)
     assert [h.start for h in everything if h.start + 32 > 500] == [

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import run_python
-from gguf import GGUFReader, GGUFValueType
+from gguf import GGUFValueType
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support.keys import make_calibration
@@ -28,6 +28,7 @@ from support.keys import make_calibration
 from depthkv_edge import DepthKVError
 from depthkv_edge.modelfile import writer
 from depthkv_edge.modelfile.keys import Calibration, read_calibration, to_keys
+from depthkv_edge.modelfile.reader import open_gguf
 from depthkv_edge.modelfile.writer import TEMPORARY_SUFFIX, check_writable, write_calibrated
 
 T = GGUFValueType
@@ -126,7 +127,7 @@ def files(draw: st.DrawFn) -> tuple[Gguf, list[tuple[bytes, bytes]]]:
     return replace(gguf, keys=keys, tensors=tensors, alignment=alignment or 32), kept
 
 
-@settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.too_slow])
+@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow])
 @given(file=files(), in_place=st.booleans())
 def test_only_the_calibration_changes(file, in_place):
     gguf, kept = file
@@ -148,10 +149,10 @@ def assert_same(found: Calibration | None, expected: Calibration) -> None:
     assert to_keys(found) == to_keys(expected)
 
 
-def small(path: Path, n_bytes: int = 4096, seed: int = 0) -> Path:
+def small(path: Path, n_bytes: int = 4096) -> Path:
     gguf = Gguf([])
     keys = [(b"general.architecture", gguf.value(T.STRING, "llama")), (b"llama.block_count", gguf.value(T.UINT32, 2))]
-    data = np.random.default_rng(seed).bytes(n_bytes)
+    data = np.random.default_rng(0).bytes(n_bytes)
     path.write_bytes(replace(gguf, keys=keys, tensors=[Tensor("t", (n_bytes // 4,), 0, data)]).pack())
     return path
 
@@ -160,28 +161,21 @@ def leftovers(directory: Path) -> list[Path]:
     return [path for path in directory.iterdir() if path.name.endswith(TEMPORARY_SUFFIX)]
 
 
-def tensor_hashes(reader: GGUFReader) -> dict[str, tuple[Any, ...]]:
-    return {
-        tensor.name: (tensor.tensor_type, tensor.shape.tolist(), hashlib.sha256(tensor.data.tobytes()).hexdigest())
-        for tensor in reader.tensors
-    }
+def content(path: Path) -> dict[str, str]:
+    """A hash of each key and tensor, with all that the file says of it, in its order."""
+    reader = open_gguf(path)
+    parts = {name: field.parts for name, field in reader.fields.items() if not name.startswith("GGUF.")}
+    parts |= {tensor.name: [*tensor.field.parts, tensor.data] for tensor in reader.tensors}
+    return {name: hashlib.sha256(b"".join(part.tobytes() for part in of)).hexdigest() for name, of in parts.items()}
 
 
 def test_packaged_model(smollm2, tmp_path, load, tokens):
     """Every key and tensor of a real model survives, and llama.cpp loads it and generates the same."""
-    target = tmp_path / "m.gguf"
-    calibration = make_calibration(30)
+    target, calibration = tmp_path / "m.gguf", make_calibration(30)
     write_calibrated(smollm2, target, calibration)
-    before, after = GGUFReader(smollm2), GGUFReader(target)
-    assert tensor_hashes(after) == tensor_hashes(before)
     new = {key.name for key in to_keys(calibration)}
-    assert [name for name in after.fields if name not in new] == list(before.fields)
-    for name, old in before.fields.items():
-        if not name.startswith("GGUF."):
-            assert after.fields[name].types == old.types
-            assert after.fields[name].contents() == old.contents(), name
-    assert after.fields["GGUF.kv_count"].contents() == before.fields["GGUF.kv_count"].contents() + len(new)
-    assert len(after.fields["depthkv.sensitivity"].contents()) == 90
+    kept = {name: digest for name, digest in content(target).items() if name not in new}
+    assert list(kept.items()) == list(content(smollm2).items())
 
     def greedy(path: Path) -> list[int]:
         llama = load(path, n_ctx=256, n_threads=1, n_threads_batch=1)
@@ -293,25 +287,27 @@ def test_interrupted(tmp_path, monkeypatch, where, error):
     assert list(tmp_path.iterdir()) == [path]
 
 
-def child(code: str) -> str:
-    return f"import sys; sys.path[:0] = {[str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]!r}\n{code}"
+def child(path: Path, code: str) -> str:
+    """A program that knows what it needs to write a calibration into a file."""
+    return (
+        f"import os, sys; sys.path[:0] = {[str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]!r}\n"
+        "from itertools import cycle; from pathlib import Path\n"
+        "from support.keys import make_calibration\n"
+        "from depthkv_edge.modelfile.writer import check_writable, write_calibrated\n"
+        f"path = Path({str(path)!r})\n{code}"
+    )
 
 
 def test_file_size_limit(tmp_path):
     """The disk fills up while the copy is written: as if, for a process that may not write a file of that size."""
     path = small(tmp_path / "m.gguf", 2**20)
     original = path.read_bytes()
-    outcome = run_python(
-        "-c",
-        child(
-            "import resource; from pathlib import Path\n"
-            "from support.keys import make_calibration; from depthkv_edge.modelfile.writer import write_calibrated\n"
-            "resource.setrlimit(resource.RLIMIT_FSIZE, (2**19, 2**19))\n"
-            f"path = Path({str(path)!r})\n"
-            "try: write_calibrated(path, path, make_calibration())\n"
-            "except ValueError as error: print(error)"
-        ),
+    code = (
+        "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (2**19, 2**19))\n"
+        "try: write_calibrated(path, path, make_calibration())\n"
+        "except ValueError as error: print(error)"
     )
+    outcome = run_python("-c", child(path, code))
     assert outcome.code == 0, outcome.err
     assert "no space left" in outcome.out and str(path) in outcome.out and outcome.out.count("\n") == 1
     assert path.read_bytes() == original
@@ -339,14 +335,12 @@ def test_killed(tmp_path):
         target.unlink()
     write_calibrated(path, path, make_calibration(budget=0.25))
     code = child(
-        "from itertools import cycle; from pathlib import Path\n"
-        "from support.keys import make_calibration; from depthkv_edge.modelfile.writer import write_calibrated\n"
-        f"path = Path({str(path)!r})\n"
+        path,
         "print('ready', flush=True)\n"
-        "for budget in cycle((0.75, 0.25)): write_calibrated(path, path, make_calibration(budget=budget))\n"
+        "for budget in cycle((0.75, 0.25)): write_calibrated(path, path, make_calibration(budget=budget))",
     )
     rng, seen, mid_copy = random.Random(0), set(), 0
-    for _ in range(8):
+    for _ in range(6):
         process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
         assert process.stdout.readline() == b"ready\n"
         time.sleep(rng.uniform(0.0, 0.4))
@@ -375,15 +369,11 @@ def test_killed(tmp_path):
         ("x" * 300, "File name too long"),
     ],
 )
-@pytest.mark.parametrize("function", ["check", "write"])
-def test_refused_targets(tmp_path, target, part, function):
+def test_refused_targets(tmp_path, target, part):
     source = small(tmp_path / "in.gguf")
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(DepthKVError) as caught:
-        if function == "check":
-            check_writable(source, tmp_path / target)
-        else:
-            write_calibrated(source, tmp_path / target, make_calibration())
+        check_writable(source, tmp_path / target)
     assert part in str(caught.value) and "\n" not in str(caught.value)
     assert leftovers(tmp_path) == []
 
@@ -401,16 +391,12 @@ def test_unwritable(kind, part):
         else:
             (directory / "out.gguf").chmod(0o444)
             directory.chmod(0o777)
-        outcome = run_python(
-            "-c",
-            child(
-                "import os; from pathlib import Path\n"
-                "from depthkv_edge.modelfile.writer import check_writable\n"
-                "if os.geteuid() == 0: os.setuid(65534)\n"  # root may write anywhere
-                f"try: check_writable(Path({str(source)!r}), Path({str(directory / 'out.gguf')!r}))\n"
-                "except ValueError as error: print(error)"
-            ),
+        code = (
+            "if os.geteuid() == 0: os.setuid(65534)\n"  # root may write anywhere
+            f"try: check_writable(path, Path({str(directory / 'out.gguf')!r}))\n"
+            "except ValueError as error: print(error)"
         )
+        outcome = run_python("-c", child(source, code))
         directory.chmod(0o755)
         assert outcome.code == 0, outcome.err
         assert part in outcome.out and outcome.out.count("\n") == 1
@@ -436,7 +422,7 @@ def test_truncated_source(tmp_path):
         assert "\n" not in str(caught.value) and "m.gguf" in str(caught.value)
 
 
-@settings(deadline=None, max_examples=200)
+@settings(deadline=None, max_examples=100)
 @given(data=st.data())
 def test_damaged_source(data):
     """Damage anywhere in the header is refused in one line, or read; it never hangs and raises nothing else."""
@@ -458,19 +444,6 @@ def test_damaged_source(data):
 def test_layers_beyond_the_model(tmp_path):
     path = small(tmp_path / "m.gguf")
     original = path.read_bytes()
-    with pytest.raises(DepthKVError, match="depthkv.layer_ids names layer 2 of a model with 2 layers"):
+    with pytest.raises(DepthKVError, match="depthkv.layer_ids' names layer 2: the model has 2"):
         write_calibrated(path, path, make_calibration(3))
     assert path.read_bytes() == original
-
-
-def test_round_trip(tmp_path):
-    """The calibration in a file is the one that went in, values and all."""
-    path = small(tmp_path / "m.gguf")
-    expected = make_calibration(budget=0.3, stability=float("nan"))
-    write_calibrated(path, path, expected)
-    found = read_calibration(path)
-    for name in ("layer_ids", "keep_ratios", "scorer", "rule", "corpus", "windows", "gain", "budget", "tool"):
-        assert getattr(found, name) == getattr(expected, name), name
-    assert np.isnan(found.stability)
-    assert found.sensitivity.dtype == np.float32
-    np.testing.assert_array_equal(found.sensitivity, expected.sensitivity)

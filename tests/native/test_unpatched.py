@@ -70,7 +70,6 @@ NO_FA, FA = 0, 1  # enum llama_flash_attn_type
 CONFIGURATIONS = [
     {},
     {"flash_attn_type": NO_FA},
-    {"flash_attn_type": FA},
     {"flash_attn_type": NO_FA, "type_k": Q8_0},
     {"flash_attn_type": FA, "type_k": Q8_0, "type_v": Q8_0},
     {"flash_attn_type": FA, "type_k": Q4_0, "type_v": F16},

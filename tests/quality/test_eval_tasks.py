@@ -25,8 +25,8 @@ from depthkv_edge.quality.texts import Text, default_texts, excerpt, read_texts,
 
 N_CTX = 512
 SMALL = 256  # tokens: enough for what is about the cache and not about the model
-READING = (retrieval, variables, words, instruction)
 FULL_ROW = Row(FULL)
+SMALLER = [Row("context-shift", when_full="shift", n_cells=100), Row("truncate", when_full="reread", n_cells=100)]
 
 
 def streaming(budget: float) -> Row:
@@ -74,14 +74,10 @@ def test_smallest_context_is_the_one_that_the_error_names(model, filler, name):
     assert build_tasks([name], model, filler, smallest, 0, n_items={name: 1})[0].n_items == 1
 
 
-@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize("name", sorted(TASKS.keys() - {"words"}))
 def test_text_that_is_too_short(model, name):
-    short = [Text("short.txt", "A few words only.")]
-    if name == "words":
-        assert build_tasks([name], model, short, N_CTX, 0)  # reads none
-        return
     with pytest.raises(DepthKVError, match="short.txt has 5 tokens, .*--text"):
-        build_tasks([name], model, short, 1024, 0)
+        build_tasks([name], model, [Text("short.txt", "A few words only.")], 1024, 0)
 
 
 def test_unknown_task(model, filler):
@@ -89,19 +85,15 @@ def test_unknown_task(model, filler):
         build_tasks(["retrieval", "needles"], model, filler, N_CTX, 0)
 
 
-@pytest.mark.parametrize("module", READING)
-@pytest.mark.parametrize("n_ctx", [700, 1111])
-def test_context_and_longest_question_fill_the_context(model, filler, module, n_ctx):
-    for passage in module.build(model, filler, n_ctx, 0).passages:
-        n_tokens = len(passage.context) + max(question.n_tokens for question in passage.questions)
-        assert n_ctx - 8 * (module is words) < n_tokens <= n_ctx if module is words else n_tokens == n_ctx
-
-
-@pytest.mark.parametrize("module", [greedy, summary])
-def test_prompt_and_what_is_generated_fill_the_context(model, filler, module):
-    task = module.build(model, filler, N_CTX, 0, n_items=2)
-    assert [len(prompt) + task.n_predict for prompt in task.prompts] == [N_CTX, N_CTX]
-    assert task.prompts[0] != task.prompts[1]
+@pytest.mark.parametrize("name", TASKS)
+def test_an_item_fills_the_context(model, filler, name):
+    """With its longest question, or with what is generated. A list of words ends with a whole one."""
+    task = build_tasks([name], model, filler, 700, 0)[0]
+    if name in ("greedy", "summary"):
+        sizes = [len(prompt) + task.n_predict for prompt in task.prompts]
+    else:
+        sizes = [len(each.context) + max(asked.n_tokens for asked in each.questions) for each in task.passages]
+    assert sizes and 700 - 8 * (name == "words") <= min(sizes) <= max(sizes) <= 700
 
 
 @pytest.mark.parametrize("name", TASKS)
@@ -159,24 +151,7 @@ def test_the_full_cache_finds_keys_and_a_small_one_loses_those_in_the_middle(mod
     assert lost[-1] == pytest.approx(full[-1], abs=2), "the last key is still held"
 
 
-def test_columns_count_every_answer(keys):
-    record = {
-        "passkey": {"log_prob": [-1.0], "exact": [True]},
-        "multikey": {"log_prob": [-2.0, -4.0], "exact": [True, False]},
-    }
-    columns = keys.columns({0: record, 1: record}, {})
-    assert columns["passkey"] == {"log_prob": -1, "low": -1, "high": -1, "exact": 1, "n": 2}
-    assert (columns["multikey"]["log_prob"], columns["multikey"]["exact"], columns["multikey"]["n"]) == (-3, 0.5, 4)
-
-
-@pytest.mark.parametrize(
-    "row",
-    [
-        streaming(0.5),
-        Row("context-shift", when_full="shift", n_cells=100),
-        Row("truncate", when_full="reread", n_cells=100),
-    ],
-)
+@pytest.mark.parametrize("row", [streaming(0.5), *SMALLER], ids=lambda row: row.method)
 def test_each_question_is_asked_from_the_same_state(model, keys, row):
     context = keys.passages[0].context[:150]
     asked = [question for question in keys.passages[0].questions if question.metric == "multikey"]
@@ -214,15 +189,12 @@ def test_a_cache_that_is_too_small_to_pin_has_no_pinned_number(model, filler):
     assert list(task.columns({0: record}, {0: record})) == ["instruction_unpinned"]
 
 
-@pytest.mark.parametrize("module, best", [(greedy, ("agreement", 1)), (summary, ("rougeL", 1))])
-def test_generated_text_against_the_full_cache(model, filler, module, best):
-    task = module.build(model, filler, SMALL, 0, n_items=3, n_predict=24)  # one of them may happen to be the same
+def test_generated_text_against_the_full_cache(model, filler):
+    task = summary.build(model, filler, SMALL, 0, n_items=3, n_predict=24)  # one of them may happen to be the same
     reference, record = ({i: task.run(model, row, i) for i in range(3)} for row in (FULL_ROW, streaming(0.4)))
     assert reference[0]["text"] == model.detokenize(reference[0]["tokens"])
-    metric, value = best
-    full, small = (task.columns(found, reference)[module.NAME] for found in (reference, record))
-    assert full[metric] == value and full["n"] == 3
-    assert small[metric] < value
+    full, small = (task.columns(found, reference)["summary"] for found in (reference, record))
+    assert full["rougeL"] == 1 > small["rougeL"] and full["n"] == 3
 
 
 def test_greedy_text_differs_first_where_it_differs(model, filler):
@@ -232,10 +204,10 @@ def test_greedy_text_differs_first_where_it_differs(model, filler):
     assert task.columns(records, reference) == {"greedy": {"agreement": 0.875, "first_difference": 3.0, "n": 2}}
 
 
-@pytest.mark.parametrize("when_full", ["shift", "reread"])
-def test_text_is_generated_in_a_smaller_window(model, filler, when_full):
+@pytest.mark.parametrize("row", SMALLER, ids=lambda row: row.method)
+def test_text_is_generated_in_a_smaller_window(model, filler, row):
     task = greedy.build(model, filler, SMALL, 0, n_items=1, n_predict=12)
-    assert len(task.run(model, Row("small", when_full=when_full, n_cells=100), 0)["tokens"]) == 12
+    assert len(task.run(model, row, 0)["tokens"]) == 12
 
 
 def test_generation_stops_after_the_end_of_the_turn():
@@ -249,19 +221,6 @@ def test_generation_stops_after_the_end_of_the_turn():
 # prompts
 
 
-class Templated(Model):
-    template: str | None = None
-
-    def chat_template(self):
-        return self.template
-
-
-def templated(model, template):
-    other = Templated(model.handle, model.path, model.n_threads)
-    object.__setattr__(other, "template", template)
-    return other
-
-
 def test_document_between_head_and_tail(model):
     around = frame(model, "What?", "Be brief.")
     start = "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n"
@@ -269,17 +228,18 @@ def test_document_between_head_and_tail(model):
     assert around.tail == "\n\nWhat?<|im_end|>\n<|im_start|>assistant\n"
 
 
-def test_base_model_in_plain_text(model):
-    base = templated(model, None)
-    around = frame(base, "What?", "Be brief.")
+def test_base_model_in_plain_text(model, monkeypatch):
+    monkeypatch.setattr(Model, "chat_template", lambda self: None)
+    around = frame(model, "What?", "Be brief.")
     assert (model.detokenize(around.head), around.tail) == ("Be brief.\n\n", "\n\nWhat?\n\nAnswer:\n")
-    assert frame(base, "What?").head == model.bos
+    assert frame(model, "What?").head == model.bos
 
 
-def test_template_without_a_system_prompt(model):
+def test_template_without_a_system_prompt(model, monkeypatch):
     refuse = "{% if m.role == 'system' %}{{ raise_exception('no') }}{% endif %}"
     refusing = "{% for m in messages %}" + refuse + "[{{ m.content }}]{% endfor %}"
-    around = frame(templated(model, refusing), "What?", "Be brief.")
+    monkeypatch.setattr(Model, "chat_template", lambda self: refusing)
+    around = frame(model, "What?", "Be brief.")
     assert (model.detokenize(around.head), around.tail) == ("[Be brief.\n\n", "\n\nWhat?]")
 
 
@@ -287,13 +247,14 @@ def test_template_without_a_system_prompt(model):
     "template, why",
     [("{{ raise_exception('no\nway') }}", "fails: no$"), ("{% if", "fails"), ("fixed", "does not render")],
 )
-def test_broken_template(model, template, why):
+def test_broken_template(model, monkeypatch, template, why):
+    monkeypatch.setattr(Model, "chat_template", lambda self: template)
     with pytest.raises(DepthKVError, match=why):
-        frame(templated(model, template), "What?", "Be brief.")
+        frame(model, "What?", "Be brief.")
 
 
-@given(st.sampled_from(["The key is:", "\n\nSay", "assistant\n"]), st.sampled_from([" 12345", " word", "Dear reader,"]))
-@settings(deadline=None)
+@pytest.mark.parametrize("prompt", ["The key is:", "\n\nSay", "assistant\n"])
+@pytest.mark.parametrize("answer", [" 12345", " word", "Dear reader,"])
 def test_answer_follows_the_prompt(model, prompt, answer):
     before, after = follow(model, prompt, answer)
     assert before + after == model.tokenize(prompt + answer)
@@ -312,18 +273,12 @@ def test_default_texts():
     assert scripture.endswith("be with you all. Amen.") and not re.search(r"[\d\[\]<>]", scripture)
 
 
-def test_read_texts(tmp_path):
-    (tmp_path / "a.txt").write_bytes("\ufeffé".encode())
-    assert read_texts([tmp_path / "a.txt"]) == [Text("a.txt", "é")]
-
-
 def test_a_text_by_name_unless_there_is_such_a_file(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "code").mkdir()
-    assert read_texts(["code"]) == [default_texts()[3]]
-    assert read_texts(["documentation"]) == [default_texts()[1]]
-    (tmp_path / "documentation").write_text("mine")
-    assert read_texts(["documentation"]) == [Text("documentation", "mine")]
+    assert read_texts(["documentation", "code"]) == default_texts()[1:]
+    (tmp_path / "documentation").write_bytes("\ufeffé".encode())
+    assert read_texts([tmp_path / "documentation"]) == read_texts(["documentation"]) == [Text("documentation", "é")]
 
 
 @pytest.mark.parametrize(
@@ -356,7 +311,7 @@ def numbered(n_words, rng):
     return "".join(f"{i:0{rng.choice((1, 3, 40))}d}{rng.choice(' ' * 9 + chr(10))}" for i in range(1, n_words + 1))
 
 
-@settings(deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(st.integers(1, 40), st.integers(1, 6), st.integers(-3, 400), st.sampled_from([[], [0]]), st.randoms())
 def test_windows_do_not_overlap(n, n_windows, n_over, bos, rng):
     n_words = max(1, n * n_windows + n_over)
@@ -395,7 +350,7 @@ def test_a_huge_text_is_not_tokenised_whole():
         assert counting.n_characters < len(content) / 50
 
 
-@settings(deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(st.integers(1, 50), st.integers(0, 30), st.randoms())
 def test_excerpt_is_a_run_of_the_text(n, n_over, rng):
     tokens = excerpt(Words([]), Text("numbers", numbered(n + n_over, rng)), n, rng)

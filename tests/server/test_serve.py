@@ -108,20 +108,6 @@ def test_streaming_chat(client):
     assert usage.prompt_tokens > 10 and 0 < usage.completion_tokens <= 24
 
 
-def test_conversation_goes_on(client, server):
-    """The second turn evaluates what is new and no more."""
-    messages = ask("Count to five.", "You are a patient teacher who likes numbers.")
-    first = client.chat.completions.create(
-        model="any", messages=messages, max_tokens=12, temperature=0, extra_body={"id_slot": 0}
-    )
-    messages += [{"role": "assistant", "content": first.choices[0].message.content}, *ask("Go on.")]
-    second = client.chat.completions.create(
-        model="any", messages=messages, max_tokens=4, temperature=0, extra_body={"id_slot": 0}
-    )
-    timings = second.model_extra["timings"]
-    assert timings["cache_n"] > 20 and timings["prompt_n"] < 30
-
-
 def test_models(client, smollm2):
     (model,) = client.models.list().data
     assert model.id == smollm2.stem, "its name, and not its path"
@@ -216,7 +202,7 @@ def test_json_schema(client):
 
 
 def test_slots(client, server, text):
-    """After more tokens than cells: every layer is full, has evicted, and still holds the system prompt."""
+    """After more tokens than cells, in a quarter of the cells; what the numbers mean is in test_server_native.py."""
     client.chat.completions.create(
         model="any",
         messages=ask(text[:3000], "You never forget the word azure."),
@@ -229,27 +215,11 @@ def test_slots(client, server, text):
     kv, n = slots[1]["kv"], slots[1]["n_prompt_tokens"]
     assert kv["active"] and kv["budget"] == pytest.approx(BUDGET) and kv["scorer"] == "attention"
     assert n > CELLS and len(kv["layers"]) == len(kv["strips"]) == 30
-    for layer, strip in zip(kv["layers"], kv["strips"], strict=True):
-        assert 0 < layer["used"] <= layer["cells"] < N_CTX / PARALLEL and layer["evicted"] > 0
-        assert layer["used"] + layer["evicted"] == pytest.approx(n, abs=2)
-        assert len(strip) == 64 and all(0 <= share <= 1 for share in strip)
-        assert sum(strip) / 64 == pytest.approx(layer["used"] / n, abs=0.02)
-        assert strip[0] == 1.0, "sinks and the pinned system prompt are at the front"
+    assert all(layer["evicted"] > 0 for layer in kv["layers"])
+    assert all(strip[0] == 1.0 for strip in kv["strips"]), "sinks and the pinned system prompt are at the front"
     assert 0.9 * CELLS < sum(layer["cells"] for layer in kv["layers"]) / 30 <= CELLS
     assert 5 < kv["pinned"] < 40
-    assert sum(layer["bytes"] for layer in kv["layers"]) == pytest.approx(kv["bytes"], rel=0.01)
     assert sum(slot["kv"]["bytes"] for slot in slots) <= BUDGET * sum(slot["kv"]["bytes_full"] for slot in slots)
-
-
-def test_metrics(server):
-    found = dict(
-        line.rsplit(" ", 1) for line in server.get("metrics").splitlines() if line and not line.startswith("#")
-    )
-    full = float(found["llamacpp:kv_bytes_full"])
-    assert full == 45 * 2**20 and 0.3 * full < float(found["llamacpp:kv_bytes"]) <= BUDGET * full
-    assert 0 < float(found["llamacpp:kv_cells_used"]) <= float(found["llamacpp:kv_cells"])
-    assert float(found["llamacpp:kv_cells_evicted_total"]) > 0
-    assert "llamacpp:kv_cells_pinned" in found and "llamacpp:kv_evict_seconds_total" in found
 
 
 # several conversations
@@ -259,15 +229,8 @@ def test_nothing_of_another_conversation(server, text):
     """Bit for bit the same logits, whatever the other conversations hold. The prompt is longer than its cells."""
 
     def complete(slot: int, prompt: str, n: int) -> dict[str, Any]:
-        body = {
-            "prompt": prompt,
-            "id_slot": slot,
-            "n_predict": n,
-            "n_probs": 5,
-            "temperature": 0,
-            "cache_prompt": False,
-        }
-        return server.post("completion", body)
+        body = {"prompt": prompt, "id_slot": slot, "n_predict": n, "n_probs": 5, "temperature": 0}
+        return server.post("completion", body | {"cache_prompt": False})
 
     def answer() -> list[Any]:
         return complete(0, text[5000:6500] + " The secret is", 6)["completion_probabilities"]
@@ -298,17 +261,6 @@ def long_answer(server: Server, prompt: str, n: int) -> socket.socket:
     return connection
 
 
-@pytest.mark.parametrize("how", ["closed", "reset"])
-def test_disconnect_frees_the_slot(server, how):
-    connection = long_answer(server, "Tell a long story.", 1500)
-    assert b"200 OK" in connection.recv(4096)
-    assert server.busy() == 1
-    if how == "reset":
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-    connection.close()
-    assert wait_until(lambda: server.busy() == 0) < 1.5
-
-
 def test_disconnect_during_the_prompt(server, text):
     """Before the first token: what is left of the prompt is not read."""
     connection = long_answer(server, text[10_000:16_500], 100)
@@ -328,6 +280,8 @@ def test_hundred_disconnects(server):
         connection = long_answer(server, f"Story number {i}.", 200)
         if i % 2:
             connection.recv(1024)
+        if i % 3 == 0:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # reset, not closed
         connection.close()
 
     hang_up(0)
@@ -346,68 +300,49 @@ def test_hundred_disconnects(server):
 # bad input
 
 
-def post(server: Server, body: bytes, path: str = "v1/chat/completions", key: str = KEY) -> tuple[int, Any]:
+def post(server: Server, body: bytes, path: str = "v1/chat/completions", key: str = KEY) -> tuple[int, bytes]:
     headers = {"Content-Type": "application/json", "Authorization": f"Bearer {key}"}
     request = urllib.request.Request(server.url + path, body, headers)
     try:
         with urllib.request.urlopen(request, timeout=60) as response:
-            return response.status, json.loads(response.read())
+            return response.status, response.read()
     except urllib.error.HTTPError as error:
-        return error.code, json.loads(error.read())
+        return error.code, error.read()
 
 
 HELLO = ask("Hello")
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}
+
+
+def look_at(url: str) -> dict[str, Any]:
+    return {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": url}}]}]}
+
+
+def follow(schema: dict[str, Any]) -> dict[str, Any]:
+    return {"messages": HELLO, "response_format": {"type": "json_schema", "json_schema": {"schema": schema}}}
+
+
 BAD: dict[str, Any] = {
     "empty": b"",
-    "not json": b"hello",
-    "cut off": b'{"messages": [{"role": "user", "con',
     "trailing": b'{"messages": []} {}',
     "not utf-8": b'{"messages": [{"role": "user", "content": "\xff\xfe"}]}',
-    "nul": b"\x00" * 100,
-    "nan": b'{"messages": [{"role": "user", "content": "x"}], "temperature": NaN}',
     "half a surrogate": b'{"messages": [{"role": "user", "content": "\\ud800"}]}',
     "an array": [],
-    "a number": 3,
-    "null": None,
     "no messages": {},
-    "messages null": {"messages": None},
     "messages a string": {"messages": "hello"},
-    "message a string": {"messages": ["hello"]},
     "message without role": {"messages": [{"content": "hello"}]},
-    "message without content": {"messages": [{"role": "user"}]},
-    "content a number": {"messages": [{"role": "user", "content": 5}]},
-    "content an object": {"messages": [{"role": "user", "content": {"text": "x"}}]},
     "part of unknown type": {"messages": [{"role": "user", "content": [{"type": "smell"}]}]},
-    "image": {
-        "messages": [
-            {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}]}
-        ]
-    },
-    "file": {
-        "messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "file:///etc/passwd"}}]}]
-    },
+    "image": look_at("data:image/png;base64,AAAA"),
+    "file": look_at("file:///etc/passwd"),
     "negative max_tokens": {"messages": HELLO, "max_tokens": -5},
-    "max_tokens a string": {"messages": HELLO, "max_tokens": "many"},
     "too many answers": {"messages": HELLO, "n": 99},
-    "no answers": {"messages": HELLO, "n": 0},
     "temperature a string": {"messages": HELLO, "temperature": "hot"},
     "unknown format": {"messages": HELLO, "response_format": {"type": "xml"}},
-    "bad schema": {
-        "messages": HELLO,
-        "response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "nonsense"}}},
-    },
-    "bad reference": {
-        "messages": HELLO,
-        "response_format": {"type": "json_schema", "json_schema": {"schema": {"$ref": "#/nowhere"}}},
-    },
+    "bad schema": follow({"type": "nonsense"}),
+    "bad reference": follow({"$ref": "#/nowhere"}),
     "bad grammar": {"messages": HELLO, "grammar": "root ::= ("},
-    "tools a string": {"messages": HELLO, "tools": "hammer"},
     "tool without function": {"messages": HELLO, "tools": [{"type": "function"}]},
-    "tool of unknown type": {"messages": HELLO, "tools": [{"type": "hammer"}]},
     "unknown tool choice": {"messages": HELLO, "tools": [TOOL], "tool_choice": "perhaps"},
-    "top_logprobs alone": {"messages": HELLO, "top_logprobs": 3},
-    "oversized prompt": {"messages": ask("word " * 20_000)},
     "ten thousand messages": {"messages": [{"role": "user", "content": f"message {i}"} for i in range(10_000)]},
 }
 
@@ -418,7 +353,7 @@ def test_bad_input(server, name):
     body = BAD[name] if isinstance(BAD[name], bytes) else json.dumps(BAD[name]).encode()
     status, answer = post(server, body)
     assert 400 <= status < 500, answer
-    error = answer["error"]
+    error = json.loads(answer)["error"]
     assert error["code"] == status and error["message"] and error["type"]
 
 
@@ -480,21 +415,15 @@ def test_random_fields(server, fields):
     body = {"messages": HELLO, "max_tokens": 1} | fields
     if any(name in fields for name in ("max_tokens", "n_predict", "max_completion_tokens")):
         body["stop"] = ["e", "a", "o", " "]  # it may have become endless
-    headers = {"Content-Type": "application/json", "Authorization": f"Bearer {KEY}"}
-    request = urllib.request.Request(server.url + "v1/chat/completions", json.dumps(body).encode(), headers)
-    try:
-        with urllib.request.urlopen(request, timeout=60) as response:
-            response.read()
-    except urllib.error.HTTPError as error:
-        said = error.read()
-        assert error.code < 500 and json.loads(said)["error"]["message"], said
+    status, said = post(server, json.dumps(body).encode())
+    assert status == 200 or (status < 500 and json.loads(said)["error"]["message"]), said
 
 
 @pytest.mark.parametrize("key", ["", "wrong", KEY + "x", KEY[:-1]])
 def test_wrong_key(server, key):
     for path in ("v1/chat/completions", "completion", "tokenize"):
         status, answer = post(server, json.dumps({"messages": HELLO}).encode(), path, key)
-        assert status == 401 and answer["error"]["type"] == "authentication_error"
+        assert status == 401 and json.loads(answer)["error"]["type"] == "authentication_error"
     for path in ("slots", "metrics", "props", "v1/models"):
         with pytest.raises(urllib.error.HTTPError) as caught:
             server.get(path, Authorization=f"Bearer {key}")

@@ -20,8 +20,6 @@ from typing import Any
 import pytest
 from support.web_stand_in import CELLS, N_LAYERS, PAGE, StandIn, serve
 
-from depthkv_edge.server.launch import WEB
-
 SOURCE = PAGE.read_text("utf-8")
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 in_a_browser = pytest.mark.skipif(
@@ -58,10 +56,6 @@ def test_text_only():
     """What a model says is never read as HTML or as a program."""
     for way in ("innerHTML", "outerHTML", "insertAdjacentHTML", "document.write", "eval(", "Function(", "DOMParser"):
         assert way not in SOURCE
-
-
-def test_the_server_finds_it():
-    assert WEB / "index.html" == PAGE and [path.name for path in WEB.iterdir()] == ["index.html"]
 
 
 class Elements(HTMLParser):
@@ -137,18 +131,12 @@ class Browser:
 
     def __init__(self, profile: Path) -> None:
         (read, self._write), (self._read, write) = os.pipe(), os.pipe()
-        command = [
-            sys.executable,
-            "-c",
-            AT_3_AND_4,
-            str(read),
-            str(write),
-            CHROMIUM,
-            *FLAGS,
-            f"--user-data-dir={profile}",
-        ]
+        command = [sys.executable, "-c", AT_3_AND_4, str(read), str(write), CHROMIUM, *FLAGS]
         self._process = subprocess.Popen(
-            [*command, "about:blank"], pass_fds=(read, write), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+            [*command, f"--user-data-dir={profile}", "about:blank"],
+            pass_fds=(read, write),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
         )
         os.close(read)
         os.close(write)
@@ -228,9 +216,6 @@ class Browser:
         self.call("Input.dispatchKeyEvent", type="keyDown", **event, **({"text": text} if text else {}))
         self.call("Input.dispatchKeyEvent", type="keyUp", **event)
 
-    def screenshot(self, path: Path) -> None:
-        path.write_bytes(base64.b64decode(self.call("Page.captureScreenshot")["data"]))
-
     def said(self, id: str) -> str:
         return str(self.run(f"document.getElementById({id!r}).innerText")).replace("\u00a0", " ").replace("\u202f", " ")
 
@@ -272,6 +257,9 @@ TURNS = "[...document.querySelectorAll('.turn .text')].map((e) => e.textContent)
 def test_chat(browser, says):
     browser.open(says.url)
     browser.wait("document.getElementById('model').textContent == 'SmolLM2-135M-Instruct.Q4_1'")
+    browser.run("document.getElementById('settings').open = true; document.getElementById('system').focus()")
+    browser.type("Be brief.")
+    assert browser.run("document.getElementById('key-row').getClientRects().length") == 0, "no key is asked for"
     ask(browser, "How many words?")
     browser.wait(IDLE)
     assert browser.run(TURNS) == ["How many words?", "Four words of answer."]
@@ -280,7 +268,8 @@ def test_chat(browser, says):
     ask(browser, "And now?")
     browser.wait(f"{IDLE} && {TURNS}.length == 4")
     first, second = says.chats
-    assert first["messages"] == [{"role": "user", "content": "How many words?"}]
+    system = {"role": "system", "content": "Be brief."}
+    assert first["messages"] == [system, {"role": "user", "content": "How many words?"}]
     assert second["messages"] == [
         *first["messages"],
         {"role": "assistant", "content": "Four words of answer."},
@@ -417,19 +406,6 @@ def test_new_chat(browser, says):
 
 
 @in_a_browser
-def test_system_prompt(browser, says):
-    browser.open(says.url)
-    browser.run("document.getElementById('settings').open = true; document.getElementById('system').focus()")
-    browser.type("Be brief.")
-    ask(browser, "Hello")
-    browser.wait(f"{IDLE} && {TURNS}.length == 2")
-    assert says.chats[0]["messages"] == [
-        {"role": "system", "content": "Be brief."},
-        {"role": "user", "content": "Hello"},
-    ]
-
-
-@in_a_browser
 def test_no_html(browser, says):
     """What the model says is shown as it is, and so is what the user and the server say."""
     bad = "<img src=x onerror=alert(1)><script>alert(2)</script> <b>&amp;</b>"
@@ -539,33 +515,19 @@ def test_api_key(browser, says):
 
 
 @in_a_browser
-def test_no_key_field_without_need(browser, says):
-    browser.open(says.url)
-    browser.wait("!document.getElementById('cache-facts').hidden")
-    browser.run("document.getElementById('settings').open = true")
-    assert browser.run("document.getElementById('key-row').getClientRects().length") == 0
-
-
-@in_a_browser
 def test_keyboard(browser, says):
     """Everything is reached in the order it is seen, nothing holds the focus, and the focus is visible."""
     browser.open(says.url)
     browser.wait("!document.getElementById('cache-facts').hidden")
     browser.run("document.body.focus()")
-    reached = []
+    active, reached = "document.activeElement", []
     for _ in range(9):
         browser.press("Tab")
-        reached.append(
-            browser.run(
-                "document.activeElement.id || document.activeElement.tagName + document.activeElement.className"
-            )
-        )
+        reached.append(browser.run(f"{active}.id || {active}.tagName + {active}.className"))
         if reached[-1] != "BODY":
-            style = "getComputedStyle(document.activeElement)"
-            assert (
-                browser.run(f"{style}.outlineStyle") == "solid"
-                and browser.run(f"parseFloat({style}.outlineWidth)") >= 2
-            )
+            style = f"getComputedStyle({active})"
+            assert browser.run(f"{style}.outlineStyle") == "solid"
+            assert browser.run(f"parseFloat({style}.outlineWidth)") >= 2
     assert reached[:7] == ["new", "SUMMARY", "log", "input", "stop", "send", "SUMMARY"], reached
     assert "BODY" in reached or "new" in reached[7:], "the way leads out of the page"
     browser.run("document.getElementById('input').focus()")
@@ -607,10 +569,8 @@ MEASURE = """
 
 
 @in_a_browser
-@pytest.mark.parametrize(
-    ("width", "dark"), [(320, False), (360, False), (360, True), (768, True), (1200, False), (1200, True)]
-)
-def test_widths(browser, says, width, dark, tmp_path):
+@pytest.mark.parametrize(("width", "dark"), [(320, False), (360, True), (768, False), (1200, True)])
+def test_widths(browser, says, width, dark):
     """On a phone, a tablet and a desktop, before, during and after an answer with a long word in it."""
     says.words = ["A ", "word" * 60, "\n", "and " * 300]
     browser.open(says.url, width=width, height=740, dark=dark)
@@ -625,8 +585,6 @@ def test_widths(browser, says, width, dark, tmp_path):
             says.gate.set()
             browser.wait(IDLE)
             browser.run("for (const e of document.querySelectorAll('details')) e.open = true")
-        if pictures := os.environ.get("DEPTHKV_TEST_PICTURES"):
-            browser.screenshot(Path(pictures) / f"page-{width}-{'dark' if dark else 'light'}-{step}.png")
         found = browser.run(MEASURE)
         assert found["width"] == found["visible"] == width and found["outside"] == []
         assert min(found["fonts"]) >= 15

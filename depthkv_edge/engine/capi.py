@@ -198,6 +198,9 @@ llama_depthkv_alloc = _bind(
     "llama_depthkv_alloc", [llama_depthkv_alloc_params, ctypes.POINTER(ctypes.c_uint32)], ctypes.c_bool
 )
 
+# keys
+llama_depthkv_check_file = _bind("llama_depthkv_check_file", [ctypes.c_char_p], ctypes.c_bool)
+
 # simulation
 _sim_p, _pos_p = ctypes.c_void_p, ctypes.POINTER(_pos)
 llama_depthkv_get_constants = _bind("llama_depthkv_get_constants", [], llama_depthkv_constants)

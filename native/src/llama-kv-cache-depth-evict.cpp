@@ -155,7 +155,7 @@ void llama_kv_cache_depth::build_attn(ggml_context * ctx, ggml_cgraph * gf, cons
 void llama_kv_cache_depth::set_attn(const std::vector<attn_params> & params) {
     for (size_t i = 0; i < layers.size(); ++i) {
         if (params[i].kq_scale != 0.0f) {
-            attn[i] = params[i];
+            layer_attn[i] = params[i];
         }
     }
 }

@@ -167,7 +167,7 @@ llama_kv_cache_depth::llama_kv_cache_depth(
     }
 
     streams.resize(n_stream);
-    attn.resize(layers.size());
+    layer_attn.resize(layers.size());
     for (auto & stream : streams) {
         stream.clear();
     }

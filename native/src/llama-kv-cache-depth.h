@@ -134,7 +134,7 @@ public:
     // [n_layers] of the graph that is about to run, for the scoring pass
     void set_attn(const std::vector<attn_params> & params);
 
-    const attn_params & get_attn(const kv_layer & layer) const { return attn[&layer - layers.data()]; }
+    const attn_params & get_attn(const kv_layer & layer) const { return layer_attn[&layer - layers.data()]; }
 
     // the SWA layers, nullptr if the model has none
     llama_kv_cache_iswa * get_iswa() const { return kv_iswa.get(); }
@@ -218,8 +218,8 @@ private:
     // model layer id -> index in layers
     std::unordered_map<int32_t, int32_t> map_layer_ids;
 
-    std::vector<stream_state> streams; // [n_stream]
-    std::vector<attn_params>  attn;    // [n_layers]
+    std::vector<stream_state> streams;    // [n_stream]
+    std::vector<attn_params>  layer_attn; // [n_layers]
 
     // ggml contexts along with the allocated backend buffers
     std::vector<std::pair<ggml_context_ptr, ggml_backend_buffer_ptr>> ctxs_bufs;

@@ -15,6 +15,7 @@ from support.tiny_hf import FAMILIES, REFUSED, make_model, make_tokens
 from depthkv_edge.calibrate import exact, fast
 from depthkv_edge.calibrate.attention import AttentionCall
 from depthkv_edge.calibrate.divergence import divergence
+from depthkv_edge.calibrate.scorers import mass_of
 from depthkv_edge.calibrate.target import inspect_model
 from depthkv_edge.calibrate.window import LayerCells, _attention_of, prefill, run_tail
 from depthkv_edge.engine.sim import Held
@@ -198,7 +199,8 @@ def test_attention_mass_one_number_at_a_time(n_heads_kv, n_group, softcap, sinks
     sink = torch.randn(n_heads, generator=generator) if sinks else None
     call = AttentionCall(None, 0, query, key, value, None, 0.7, softcap, sink)
     queries, cells = np.array([5, 8, 11]), np.array([0, 1, 4, 6, 9])
-    found = _attention_of(call, (np.arange(n), query[0]), weights_value)(queries, cells)
+    mass = mass_of("attention" if weights_value else "window")
+    found = _attention_of(call, (np.arange(n), query[0]), mass)(queries, cells)
     expected = np.zeros(len(cells))
     for head in range(n_heads):
         of = head // n_group

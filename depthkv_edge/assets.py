@@ -21,6 +21,11 @@ from depthkv_edge.errors import DepthKVError
 from depthkv_edge.units import mib
 
 
+def cache_dir() -> Path:
+    """Where things go that can be made or fetched again."""
+    return Path(platformdirs.user_cache_dir("depthkv-edge", appauthor=False))
+
+
 @dataclass(frozen=True)
 class Part:
     """A member of a wheel: the whole of a file, or the next piece of it."""
@@ -54,7 +59,7 @@ class Asset:
     @property
     def path(self) -> Path:
         """Where the cache has it, or would."""
-        return Path(platformdirs.user_cache_dir("depthkv-edge", appauthor=False)) / "assets" / self.filename
+        return cache_dir() / "assets" / self.filename
 
     @property
     def is_cached(self) -> bool:

@@ -10,6 +10,7 @@ from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
+from depthkv_edge.assets import cache_dir
 from depthkv_edge.errors import DepthKVError, Stopped
 from depthkv_edge.measure.progress import duration
 from depthkv_edge.quality.estimate import tokens_per_second
@@ -25,7 +26,7 @@ from depthkv_edge.quality.metrics.top1 import top1
 from depthkv_edge.quality.model import Model, load_model
 from depthkv_edge.quality.report import Report, RowResult
 from depthkv_edge.quality.rows import Row, build_rows, kv_bytes
-from depthkv_edge.quality.store import Record, Store, cache_dir
+from depthkv_edge.quality.store import Record, Store
 from depthkv_edge.quality.tasks import build_tasks
 from depthkv_edge.quality.tasks.task import Task
 from depthkv_edge.quality.texts import windows

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,12 +12,6 @@ from typing import Any
 from depthkv_edge.errors import DepthKVError
 
 Record = dict[str, Any]
-
-
-def cache_dir() -> Path:
-    """Where things go that can be made again."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "depthkv-edge"
 
 
 def digest(facts: Any) -> str:

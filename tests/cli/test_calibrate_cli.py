@@ -11,8 +11,7 @@ from functools import partial
 import numpy as np
 import pytest
 from conftest import Outcome, run_python
-from in_process import run_here
-from support.outcome import refused
+from support.outcome import refused, run_here
 from support.tiny_hf import save_pair
 
 from depthkv_edge.modelfile.keys import read_calibration

@@ -18,8 +18,7 @@ import pytest
 from conftest import Outcome
 from hypothesis import given
 from hypothesis import strategies as st
-from in_process import run_here
-from support.outcome import refused
+from support.outcome import refused, run_here
 
 from depthkv_edge import DepthKVError
 from depthkv_edge.cli.chat_terminal import chat, interruptible, read_message

@@ -8,8 +8,7 @@ from collections.abc import Callable
 import click
 import pytest
 from gguf import GGUFWriter
-from in_process import run_here
-from support.outcome import refused
+from support.outcome import refused, run_here
 from support.tiny import write_llama, write_mamba
 
 from depthkv_edge.cli.main import cli as command

@@ -15,8 +15,7 @@ from pathlib import Path
 
 import pytest
 from conftest import Outcome
-from in_process import run_here
-from support.outcome import refused
+from support.outcome import refused, run_here
 
 from depthkv_edge.quality.eval_settings import EvalSettings
 from depthkv_edge.quality.eval_table import print_report

@@ -7,8 +7,7 @@ from functools import partial
 
 import pytest
 from conftest import Outcome
-from in_process import run_here
-from support.outcome import refused
+from support.outcome import refused, run_here
 
 QUESTION = "What is this text about?"
 

@@ -15,8 +15,7 @@ from typing import Any
 
 import pytest
 from conftest import Outcome
-from in_process import run_here
-from support.outcome import refused
+from support.outcome import refused, run_here
 from support.tiny import write_llama, write_mamba
 
 from depthkv_edge import DepthKVError

@@ -5,19 +5,15 @@ from __future__ import annotations
 import base64
 import hashlib
 import itertools
-import json
-import os
 import re
 import shutil
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from html.parser import HTMLParser
-from pathlib import Path
 from typing import Any
 
 import pytest
+from playwright.sync_api import ConsoleMessage, sync_playwright
 from support.web_stand_in import CELLS, N_LAYERS, PAGE, StandIn, serve
 
 SOURCE = PAGE.read_text("utf-8")
@@ -115,88 +111,44 @@ def test_contrast(theme):
 
 # a browser
 
-FLAGS = (
-    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-    "--disable-component-update --disable-sync --hide-scrollbars --disable-dev-shm-usage --remote-debugging-pipe"
-).split()
-# the browser reads its orders from descriptor 3 and writes to 4
-AT_3_AND_4 = (
-    "import fcntl, os, sys; r, w = (fcntl.fcntl(int(n), fcntl.F_DUPFD, 10) for n in sys.argv[1:3]); "
-    "os.dup2(r, 3); os.dup2(w, 4); os.execv(sys.argv[3], sys.argv[3:])"
-)
-
 
 class Browser:
-    """One page of a headless Chromium, driven over the DevTools protocol."""
+    """One page of a headless Chromium."""
 
-    def __init__(self, profile: Path) -> None:
-        (read, self._write), (self._read, write) = os.pipe(), os.pipe()
-        command = [sys.executable, "-c", AT_3_AND_4, str(read), str(write), CHROMIUM, *FLAGS]
-        self._process = subprocess.Popen(
-            [*command, f"--user-data-dir={profile}", "about:blank"],
-            pass_fds=(read, write),
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
-        os.close(read)
-        os.close(write)
-        self._rest = b""
-        self._ids = itertools.count(1)
-        self._session: str | None = None
-        self.events: list[dict[str, Any]] = []
-        while not (pages := self._pages()):
-            time.sleep(0.02)
-        self._session = self.call("Target.attachToTarget", targetId=pages[0], flatten=True)["sessionId"]
-        for domain in ("Page", "Runtime", "Network", "Log"):
-            self.call(f"{domain}.enable")
+    def __init__(self) -> None:
+        self._playwright = sync_playwright().start()
+        self._browser = self._playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        self._page = self._browser.new_page()
+        # Playwright's own way to run a script is one that the page's policy forbids
+        self.call = self._page.context.new_cdp_session(self._page).send
+        self._complaints: list[str] = []
+        self._requested: set[str] = set()
+        self._page.on("pageerror", lambda error: self._complaints.append(str(error)))
+        self._page.on("console", self._on_console)
+        self._page.on("request", lambda request: self._requested.add(request.url.partition("?")[0]))
 
-    def _pages(self) -> list[str]:
-        found = self.call("Target.getTargets")["targetInfos"]
-        return [each["targetId"] for each in found if each["type"] == "page"]
+    def _on_console(self, message: ConsoleMessage) -> None:
+        if message.type == "error" and not message.text.startswith("Failed to load resource"):
+            self._complaints.append(message.text)
 
     def close(self) -> None:
-        self._session = None
-        self.call("Browser.close")
-        self._process.wait(30)
-        os.close(self._read)
-        os.close(self._write)
-
-    def call(self, method: str, **params: Any) -> dict[str, Any]:
-        message: dict[str, Any] = {"id": next(self._ids), "method": method, "params": params}
-        if self._session:
-            message["sessionId"] = self._session
-        os.write(self._write, json.dumps(message).encode() + b"\0")
-        while True:
-            found = self._next()
-            if found.get("id") == message["id"]:
-                assert "error" not in found, found
-                return found["result"]
-            self.events.append(found)
-
-    def _next(self) -> dict[str, Any]:
-        while b"\0" not in self._rest:
-            data = os.read(self._read, 1 << 20)
-            assert data, "the browser has gone"
-            self._rest += data
-        one, _, self._rest = self._rest.partition(b"\0")
-        return json.loads(one)
+        self._browser.close()
+        self._playwright.stop()
 
     def open(self, url: str, *, width: int = 1200, height: int = 800, dark: bool = False) -> None:
         self.look(width=width, height=height, dark=dark)
-        self.call("Page.navigate", url="about:blank")
-        self.wait("location.href == 'about:blank'")
-        self.events.clear()
-        self.call("Page.navigate", url=url)
-        self.wait("document.readyState == 'complete'")
+        self._page.goto("about:blank")
+        self._complaints.clear()
+        self._requested.clear()
+        self._page.goto(url)
 
     def look(self, *, width: int, height: int, dark: bool = False) -> None:
-        self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
-        theme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
-        motion = {"name": "prefers-reduced-motion", "value": "reduce"}
-        self.call("Emulation.setEmulatedMedia", features=[theme, motion])
+        self._page.set_viewport_size({"width": width, "height": height})
+        self._page.emulate_media(color_scheme="dark" if dark else "light", reduced_motion="reduce")
 
     def run(self, script: str) -> Any:
-        found = self.call("Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True)
+        arguments = {"expression": script, "returnByValue": True, "awaitPromise": True}
+        found = self.call("Runtime.evaluate", arguments)
         assert "exceptionDetails" not in found, found
         return found["result"].get("value")
 
@@ -204,35 +156,28 @@ class Browser:
         end = time.monotonic() + timeout
         while not self.run(f"Boolean({condition})"):
             assert time.monotonic() < end, f"never true: {condition}\n{self.run('document.body.innerText')}"
-            time.sleep(0.02)
+            self._page.wait_for_timeout(20)
 
     def type(self, text: str) -> None:
-        self.call("Input.insertText", text=text)
+        self._page.keyboard.insert_text(text)
 
     def press(self, key: str, *, shift: bool = False) -> None:
-        codes = {"Enter": 13, "Tab": 9, "Escape": 27, " ": 32}
-        event = {"key": key, "code": key, "windowsVirtualKeyCode": codes[key], "modifiers": 8 if shift else 0}
-        text = {"Enter": "\r", " ": " "}.get(key)
-        self.call("Input.dispatchKeyEvent", type="keyDown", **event, **({"text": text} if text else {}))
-        self.call("Input.dispatchKeyEvent", type="keyUp", **event)
+        self._page.keyboard.press(f"Shift+{key}" if shift else key)
 
     def said(self, id: str) -> str:
         return str(self.run(f"document.getElementById({id!r}).innerText")).replace("\u00a0", " ").replace("\u202f", " ")
 
-    def complaints(self) -> list[Any]:
+    def complaints(self) -> list[str]:
         """What went wrong in the page: exceptions, and what its policy refused."""
-        thrown = [event["params"] for event in self.events if event.get("method") == "Runtime.exceptionThrown"]
-        logged = [event["params"]["entry"] for event in self.events if event.get("method") == "Log.entryAdded"]
-        return thrown + [entry for entry in logged if entry["source"] != "network"]
+        return self._complaints
 
     def requested(self) -> set[str]:
-        sent = [event["params"] for event in self.events if event.get("method") == "Network.requestWillBeSent"]
-        return {each["request"]["url"].partition("?")[0] for each in sent}
+        return self._requested
 
 
 @pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    browser = Browser(tmp_path_factory.mktemp("profile"))
+def browser() -> Iterator[Browser]:
+    browser = Browser()
     yield browser
     browser.close()
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from depthkv_edge.engine.rules import N_CELLS_MIN, N_RECENT, N_SINK, SCORERS, aligned, n_ubatch
+from depthkv_edge.engine.rules import N_CELLS_MIN, N_RECENT, N_SINK, SCORERS, n_ubatch
 from depthkv_edge.engine.sim import LayerSim, sampled_queries, simulate
 from depthkv_edge.errors import DepthKVError
 
@@ -112,22 +112,6 @@ def test_first_leaves_out_what_ends_before_it():
     assert [h.start for h in everything if h.start + 32 > 500] == [
         h.start for h in simulate("streaming", 0, 600, 100, 32, None, first=500)
     ]
-
-
-def test_ubatch():
-    cells = [68, 307, 768, 1229, 2150, 3071, 6144, 100_000]
-    assert [n_ubatch(n) for n in cells] == [32, 32, 64, 96, 160, 224, 512, 512]
-
-
-def test_cells_are_rounded_up_as_the_engine_does():
-    assert [aligned(n) for n in (1, 32, 33, 154)] == [32, 32, 64, 160]
-
-
-def test_every_ubatch_samples_its_last_token():
-    for ubatch in (32, 96, 160):
-        for rule in SCORERS:
-            sampled = sampled_queries(rule, 500, ubatch)
-            assert [int(q[-1]) for q in sampled] == [min(s + ubatch, 500) - 1 for s in range(0, 500, ubatch)]
 
 
 def test_what_cannot_be():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import os
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -153,6 +153,38 @@ class Llama(llama_cpp.Llama):
                 f"{self.model_path}: the KV cache takes {mib(n_bytes)} MiB, and this machine has {mib(total)} MiB of "
                 "memory: give a smaller context or KV budget"
             )
+
+    # what the rest of the package needs of the base class's own parts
+
+    @property
+    def vocab(self) -> Any:
+        """The `llama_vocab` of the model, for functions of llama.h."""
+        return self._model.vocab
+
+    def is_end(self, token: int) -> bool:
+        """Whether a token ends the model's turn."""
+        return bool(llama_cpp.llama_cpp.llama_vocab_is_eog(self.vocab, token))
+
+    def make_sampler(self, temperature: float) -> Callable[[], int]:
+        """Samples the next token. 0 is greedy; above it, top-k, top-p and min-p are what llama.cpp has by default."""
+        sampler = self._init_sampler(temp=temperature)
+        return lambda: sampler.sample(self._ctx, -1)
+
+    @property
+    def history(self) -> np.ndarray:
+        """int32 [n_tokens] tokens of sequence 0, whether a layer still holds them or not."""
+        return self.input_ids[: self.n_tokens]
+
+    def forget(self, p0: int, p1: int) -> bool:
+        """Remove the positions [p0, p1) of sequence 0, and move what follows up. False, and nothing done: refused."""
+        memory = llama_cpp.llama_cpp.llama_get_memory(self.ctx)
+        n, n_removed = self.n_tokens, p1 - p0
+        if not llama_cpp.llama_cpp.llama_memory_seq_rm(memory, 0, p0, p1):
+            return False
+        llama_cpp.llama_cpp.llama_memory_seq_add(memory, 0, p1, -1, -n_removed)
+        self.input_ids[p0 : n - n_removed] = self.input_ids[p1:n].copy()
+        self.n_tokens = n - n_removed
+        return True
 
     def kv_stats(self, seq_id: int = 0) -> KVStats:
         """What the KV cache holds, with the occupancy of one sequence.

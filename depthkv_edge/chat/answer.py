@@ -123,7 +123,7 @@ def _answer(
         if first is None:
             first = last
             on_prefill(1)
-        if _api.llama_vocab_is_eog(llama._model.vocab, token):
+        if llama.is_end(token):
             break
         n_generated += 1
         put(token_bytes(llama, token))
@@ -173,7 +173,7 @@ def token_bytes(llama: Llama, token: int) -> bytes:
     size = 64
     while True:
         buffer = ctypes.create_string_buffer(size)
-        n = _api.llama_token_to_piece(llama._model.vocab, token, buffer, size, 0, False)
+        n = _api.llama_token_to_piece(llama.vocab, token, buffer, size, 0, False)
         if n >= 0:
             return buffer.raw[:n]
         size = -n

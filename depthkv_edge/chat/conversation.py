@@ -50,8 +50,8 @@ class Conversation:
         self.llama = llama
         self.system = system
         self.n_predict = n_predict
-        self._sampler = llama._init_sampler(temp=temperature)
-        self._n_ctx = min(llama.n_ctx(), len(llama.input_ids))
+        self._sample = llama.make_sampler(temperature)
+        self._n_ctx = llama.n_ctx()
         kv = llama.kv_stats()
         self._n_ubatch = max(1, min(llama.n_batch, kv.n_ubatch))
         self._can_shift = bool(_api.llama_memory_can_shift(self._memory))
@@ -258,8 +258,8 @@ class Conversation:
 
         n = 0
         while True:
-            token = self._sampler.sample(self.llama._ctx, -1)
-            if _api.llama_vocab_is_eog(self.llama._model.vocab, token):
+            token = self._sample()
+            if self.llama.is_end(token):
                 finish = "stop"
                 break
             n += 1
@@ -320,14 +320,11 @@ class Conversation:
         """Remove the positions from the system prompt to `cut`, and move the rest up."""
         llama, begin = self.llama, self._n_system
         n, n_removed = llama.n_tokens, cut - begin
-        tokens = [*llama.input_ids[:begin].tolist(), *llama.input_ids[cut:n].tolist()]
-        if self._can_shift and _api.llama_memory_seq_rm(self._memory, 0, begin, cut):
-            _api.llama_memory_seq_add(self._memory, 0, cut, -1, -n_removed)
-            llama.input_ids[: len(tokens)] = tokens
-            llama.n_tokens = len(tokens)
-        else:  # sliding windows and M-RoPE: what stays is computed once more
+        tokens = llama.history.tolist()
+        # sliding windows and M-RoPE: what stays is computed once more
+        if not (self._can_shift and llama.forget(begin, cut)):
             try:
-                self._lay_out(tokens, begin, lambda n: None, lambda: False)
+                self._lay_out([*tokens[:begin], *tokens[cut:]], begin, lambda n: None, lambda: False)
             except BaseException:
                 self._dropped += n - begin + len(self._pending)
                 self._restart()

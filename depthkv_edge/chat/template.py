@@ -146,7 +146,7 @@ def _markup(llama: Llama) -> re.Pattern[str]:
     """What the tokenizer takes out of a text before it looks at the rest, as far as a template may need it."""
     if llama in _markup_found:
         return _markup_found[llama]
-    vocab, template = llama._model.vocab, llama.metadata["tokenizer.chat_template"]
+    vocab, template = llama.vocab, llama.metadata["tokenizer.chat_template"]
     always = _api.LLAMA_TOKEN_ATTR_CONTROL | _api.LLAMA_TOKEN_ATTR_UNKNOWN
     texts = []
     for token in range(_api.llama_vocab_n_tokens(vocab)):
@@ -176,7 +176,7 @@ def _has_template(llama: Llama) -> bool:
 
 def _rendered(llama: Llama, messages: list[dict[str, str]], system: str) -> tuple[str, bool]:
     """Text up to where the model answers, and whether it begins with the template's own beginning of the text."""
-    if _api.llama_vocab_type(llama._model.vocab) == _api.LLAMA_VOCAB_TYPE_NONE:
+    if _api.llama_vocab_type(llama.vocab) == _api.LLAMA_VOCAB_TYPE_NONE:
         raise DepthKVError(f"model {llama.model_path} has no tokenizer: give a model that reads text")
     if system:
         messages = [{"role": "system", "content": system}, *messages]
@@ -197,7 +197,7 @@ def _rendered(llama: Llama, messages: list[dict[str, str]], system: str) -> tupl
 
 
 def _text(llama: Llama, token: int) -> str:
-    return llama._model.token_get_text(token) if token >= 0 else ""
+    return _api.llama_vocab_get_text(llama.vocab, token).decode("utf-8", "replace") if token >= 0 else ""
 
 
 def _common_prefix(*sequences: list[int]) -> int:

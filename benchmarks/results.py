@@ -370,9 +370,12 @@ SECTIONS = (
         "qwen-coder",
         "Qwen2.5-Coder 1.5B (Q4_K_M)",
         QWEN_CODER,
-        _evaluate(QWEN_CODER, "--text", "documentation"),
+        _evaluate(
+            QWEN_CODER,
+            *"--text documentation --tasks language --methods depth,uniform,streaming,kv-q8_0".split(),
+        ),
         render_quality,
-        ("kl", "multikey", "occupancy"),
+        ("kl", "occupancy"),
     ),
     Section("rollback", "Going back: SmolLM2-135M", PACKAGED, _rollback(PACKAGED), render_rollback),
     Section(

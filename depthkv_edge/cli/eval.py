@@ -30,6 +30,13 @@ _MIN_CTX = 256
     metavar="FILE",
     help="Text to read, or scripture, documentation or code. Repeat for more. Default: those three.",
 )
+@click.option(
+    "--questions",
+    multiple=True,
+    type=FILE,
+    metavar="FILE",
+    help="Questions for the task qa: SQuAD's JSON, or JSON lines with question, answers and text. Repeat for more.",
+)
 @click.option("-c", "--ctx", type=int, default=4096, show_default=True, metavar="TOKENS", help="Context, and window.")
 @click.option("--budgets", metavar="LIST", help="Shares of the full cache. Default: 0.2,0.4,0.6.")
 @click.option("--methods", metavar="LIST", help="What is compared; `--methods help` lists them.")
@@ -54,6 +61,7 @@ _MIN_CTX = 256
 def evaluate(
     model: str,
     texts: tuple[str, ...],
+    questions: tuple[str, ...],
     ctx: int,
     budgets: str | None,
     methods: str | None,
@@ -101,6 +109,7 @@ def evaluate(
     from depthkv_edge.quality.evaluate import forget
     from depthkv_edge.quality.page import write_page
     from depthkv_edge.quality.plots import draw_plots
+    from depthkv_edge.quality.questions import read_questions
     from depthkv_edge.quality.rows import (
         DEFAULT_BUDGETS,
         DEFAULT_METHODS,
@@ -125,10 +134,18 @@ def evaluate(
     check_methods(chosen_methods)
     chosen_budgets = _numbers(budgets) if budgets is not None else QUICK_BUDGETS if quick else DEFAULT_BUDGETS
     check_budgets(chosen_budgets)
-    chosen_tasks = _split(tasks) or (tuple(known_tasks) if full else (LANGUAGE,) if quick else (LANGUAGE, "retrieval"))
+    asked = ("qa",) if questions else ()
+    every_task = tuple(name for name in known_tasks if questions or name != "qa")
+    chosen_tasks = _split(tasks) or (
+        every_task if full else (LANGUAGE, *asked) if quick else (LANGUAGE, "retrieval", *asked)
+    )
     for name in chosen_tasks:
         if name not in known_tasks:
             raise DepthKVError(f"task {name!r} is not known: give some of {', '.join(known_tasks)}")
+    if "qa" in chosen_tasks and not questions:
+        raise DepthKVError("task qa has no questions: give --questions FILE")
+    if questions and "qa" not in chosen_tasks:
+        raise DepthKVError(f"--questions {questions[0]} are for the task qa: add it to --tasks")
     _check_targets(plot, html)
 
     settings = EvalSettings(
@@ -138,6 +155,7 @@ def evaluate(
         budgets=chosen_budgets,
         methods=chosen_methods,
         tasks=chosen_tasks,
+        questions=tuple(map(read_questions, questions)),
         windows=windows,
         reference=reference,
         n_items=_items(chosen_tasks, items, full),

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from depthkv_edge import __version__
 from depthkv_edge.measure.facts import engine_facts
+from depthkv_edge.quality.questions import QuestionSet
 from depthkv_edge.quality.store import digest
 from depthkv_edge.quality.texts import Text
 
@@ -29,6 +30,7 @@ class EvalSettings:
         tasks: LANGUAGE and names of `depthkv_edge.quality.tasks.TASKS`.
         windows: of each text.
         reference: "native": the weights of the file; "f32": the same, dequantised.
+        questions: that the task `qa` asks.
         n_items: of each task, where it is not the task's own number.
         seed: of everything that is drawn.
         n_threads: CPU threads.
@@ -42,6 +44,7 @@ class EvalSettings:
     tasks: tuple[str, ...]
     windows: int = 1
     reference: str = "native"
+    questions: tuple[QuestionSet, ...] = ()
     n_items: tuple[tuple[str, int], ...] = ()
     seed: int = 0
     n_threads: int = 1
@@ -52,6 +55,7 @@ class EvalSettings:
         facts = {
             "model": [str(self.model.resolve()), stat.st_size, stat.st_mtime_ns],
             "texts": [[text.name, hashlib.sha256(text.content.encode()).hexdigest()] for text in self.texts],
+            "questions": [[each.name, each.sha256] for each in self.questions],
             "version": __version__,
             "records": _RECORDS,
             "engine": engine_facts(),

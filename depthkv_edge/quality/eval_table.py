@@ -31,7 +31,7 @@ def print_report(report: dict[str, Any]) -> None:
     model, settings = report["model"], report["settings"]
     weights = "F32 weights (dequantised)" if model["reference"] == "f32" else f"{model['weights']} weights"
     console.print(f"{model['name']}, {weights}, context {settings['n_ctx']}, {_texts(settings)}", highlight=False)
-    for table in (_held(report["rows"]), _asked(report["rows"]), _generated(report["rows"])):
+    for table in (_held(report["rows"]), _asked(report["rows"]), _quizzed(report["rows"]), _generated(report["rows"])):
         if table:
             console.print(table)
     for line in _notes(report):
@@ -52,6 +52,8 @@ def metrics_line(metrics: dict[str, Any]) -> str:
         "prefill": _format(metrics.get("prefill"), "ratio", ".2f"),
         "decode": _format(metrics.get("decode"), "ratio", ".2f"),
         **asked,
+        "QA F1": _format(metrics.get("qa"), "f1", ".2f"),
+        "QA log-probability": _format(metrics.get("qa"), "log_prob", ".2f"),
         "greedy %": _percent(metrics.get("greedy"), "agreement"),
         "summary ROUGE-1": _format(metrics.get("summary"), "rouge1", ".2f"),
     }
@@ -86,6 +88,25 @@ def _asked(rows: list[Row]) -> Table | None:
     for row in rows:
         table.add_row(row["label"], *(_answers(row["metrics"].get(name)) for name in probes))
     return table if probes else None
+
+
+def _quizzed(rows: list[Row]) -> Table | None:
+    """Questions of a set, paired with the full cache's answers; None if there were none."""
+    if not any("qa" in row["metrics"] for row in rows):
+        return None
+    table = _table("QA F1", "of\nfull", "change of F1\n(95 %)", "exact\n%", "log-prob.,\nnats", "its change\n(95 %)")
+    for row in rows:
+        qa = row["metrics"].get("qa")
+        table.add_row(
+            row["label"],
+            _format(qa, "f1", ".3f"),
+            _percent(qa, "f1_share"),
+            _change(qa, "f1_change", ".3f"),
+            _percent(qa, "exact"),
+            _format(qa, "log_prob", ".2f"),
+            _change(qa, "log_prob_change", ".2f"),
+        )
+    return table
 
 
 def _generated(rows: list[Row]) -> Table | None:
@@ -124,6 +145,12 @@ def _notes(report: dict[str, Any]) -> list[str]:
             "Answers: log-probability of the whole right answer in nats, share that is exact. Questions come after the "
             "context, and are not seen while tokens are evicted."
         )
+    qa = next((row["metrics"]["qa"] for row in report["rows"] if "qa" in row["metrics"]), None)
+    if qa:
+        notes.append(
+            f"QA: {qa['n']} questions on {qa['documents']} documents, asked after each, from the state that reading it "
+            "left; intervals are over documents."
+        )
     return notes
 
 
@@ -137,6 +164,13 @@ def _small(value: float) -> str:
 
 def _answers(metric: Row | None) -> str:
     return f"{metric['log_prob']:.1f}, {metric['exact']:.0%}" if metric else ""
+
+
+def _change(metric: Row | None, name: str, form: str) -> str:
+    if not metric:
+        return ""
+    value, low, high = (format(metric[name + end], "+" + form) for end in ("", "_low", "_high"))
+    return f"{value} ({low} {high})"
 
 
 def _percent(metric: Row | None, name: str) -> str:

@@ -64,7 +64,15 @@ def evaluate(settings: EvalSettings, watcher: Watcher, command: str) -> Report:
     with load_model(_weights(settings), settings.n_threads) as model, _interruptible(model.stopping):
         rows = build_rows(model, settings.model, settings.methods, settings.budgets, settings.n_ctx, settings.seed)
         names = [name for name in settings.tasks if name != LANGUAGE]
-        tasks = build_tasks(names, model, settings.texts, settings.n_ctx, settings.seed, n_items=dict(settings.n_items))
+        tasks = build_tasks(
+            names,
+            model,
+            settings.texts,
+            settings.n_ctx,
+            settings.seed,
+            n_items=dict(settings.n_items),
+            questions=settings.questions,
+        )
         evaluation = _Evaluation(settings, model, rows, tasks, watcher)
         results = evaluation.run()
         return Report(command, settings, results, time.perf_counter() - started, evaluation.keys())

@@ -168,6 +168,19 @@ def _number(metric: str, name: str, form: Callable[[float], str], *, interval: b
     return cell
 
 
+def _change(metric: str, name: str) -> Any:
+    """A cell with a difference from the full cache, in nats, and its interval below."""
+
+    def cell(row: Row) -> _Cell | None:
+        found = [row["metrics"].get(metric, {}).get(name + end) for end in ("", "_low", "_high")]
+        if not all(map(is_number, found)):
+            return None
+        value, low, high = found
+        return _Cell(nats(value), f"{nats(low)} to {nats(high)}" if low != high else "")
+
+    return cell
+
+
 def _held(row: Row) -> _Cell | None:
     held = row["kv"].get("held")
     if held is None:
@@ -204,6 +217,11 @@ _HEADLINE = [
 ]
 _TASKS_CAPTION = "In the second line of a cell: the 95 % interval."
 _TASKS = [
+    _Column("Questions", "F1", _number("qa", "f1", lambda value: fixed(value, 3))),
+    _Column("Questions", "F1, of full", _number("qa", "f1_share", percent)),
+    _Column("Questions", "exact", _number("qa", "exact", percent)),
+    _Column("Questions", "log-prob., nats", _number("qa", "log_prob", nats)),
+    _Column("Questions", "change of it", _change("qa", "log_prob_change")),
     *_answers("Variables", "variables"),
     *_answers("Common words", "words"),
     *_answers("Instruction, pinned", "instruction_pinned"),
@@ -245,6 +263,12 @@ _TERMS = [
         "Decode speed",
         "tokens per second at the end of a window, in turns with the full cache; median, and the range over the "
         "windows",
+    ),
+    (
+        "qa",
+        "Questions",
+        "with known answers, after a document that holds them, unseen while tokens are evicted: words shared with the "
+        "answer (F1), the same words (exact), log-probability of the answer; the interval is over documents",
     ),
     ("variables", "Variables", "chains of assignments in a text, one of which is asked for; as multi-key"),
     ("words", "Common words", "the most frequent words of a list; as multi-key"),

@@ -83,6 +83,10 @@ class Report:
                     }
                     for text in settings.texts
                 ],
+                "questions": [
+                    {"name": each.name, "sha256": each.sha256, "questions": each.n_questions}
+                    for each in settings.questions
+                ],
             },
             "seconds": self.seconds,
             "rows": [result.to_dict() for result in self.results],

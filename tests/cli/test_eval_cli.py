@@ -160,6 +160,23 @@ def test_quick_is_one_text_and_few_rows(run):
     assert "which method depth needs" in refused(run("smollm2", "--quick"))
 
 
+def test_questions_of_a_file(run, smollm2, texts, tmp_path):
+    rows = [
+        {"question": f"What colour has the {thing}?", "answers": [colour], "text": f"The {thing} is {colour}. " * 3}
+        for thing, colour in (("barn", "red"), ("door", "green"), ("gate", "blue"), ("roof", "black"))
+    ]
+    path = tmp_path / "colours.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    asked = [*texts, "-c", N_CTX, "--tasks", "qa", "--methods", "streaming", "--budgets", "0.5", "--items", "1"]
+    result = run(smollm2, *asked, "--questions", path, "--json")
+    report = json.loads(result.out)
+    assert report["settings"]["questions"][0]["name"] == "colours.jsonl"
+    for row in report["rows"]:
+        assert row["metrics"]["qa"]["n"] == 4 and 0 <= row["metrics"]["qa"]["f1"] <= 1
+    assert report["rows"][0]["metrics"]["qa"]["f1_share"] == 1
+    assert "QA F1" in run(smollm2, *asked, "--questions", path).out
+
+
 def test_a_disk_without_room_is_said_in_one_line(smollm2, texts, tmp_path):
     """Predictions of the full cache are what takes room: 50 MB here."""
     env = os.environ | {"XDG_CACHE_HOME": str(tmp_path)}
@@ -188,6 +205,9 @@ def test_lists_of_methods_and_tasks(run):
         (["--quick", "--full"], "--quick and --full contradict each other"),
         (["--text", "nowhere.txt"], "nowhere.txt does not exist"),
         (["--html", "nowhere/page.html"], "directory does not exist"),
+        (["--tasks", "qa"], "task qa has no questions: give --questions FILE"),
+        (["--tasks", "language", "--questions", "q.json"], "q.json are for the task qa: add it to --tasks"),
+        (["--questions", "nowhere.json"], "nowhere.json cannot be read"),
     ],
 )
 def test_what_is_wrong_is_said_in_one_line(run, smollm2, texts, tmp_path, monkeypatch, arguments, says):

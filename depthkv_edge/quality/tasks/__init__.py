@@ -6,12 +6,14 @@ from collections.abc import Mapping, Sequence
 
 from depthkv_edge.errors import DepthKVError
 from depthkv_edge.quality.model import Model
-from depthkv_edge.quality.tasks import greedy, instruction, retrieval, summary, variables, words
+from depthkv_edge.quality.questions import QuestionSet
+from depthkv_edge.quality.tasks import greedy, instruction, qa, retrieval, summary, variables, words
 from depthkv_edge.quality.tasks.task import Task
 from depthkv_edge.quality.texts import Text
 
 TASKS = {
     "retrieval": "a pass key and named keys hidden in a text (arXiv 2305.16300, 2404.06654)",
+    "qa": "questions of --questions, after a document that answers them among others: exact match, F1, log-probability",
     "variables": "the value at the end of a chain of assignments (RULER, arXiv 2404.06654)",
     "words": "the most common words of a long list (RULER, arXiv 2404.06654)",
     "instruction": "a system prompt before a long document, pinned and not (arXiv 2510.00231)",
@@ -30,6 +32,7 @@ def build_tasks(
     seed: int,
     *,
     n_items: Mapping[str, int] | None = None,
+    questions: Sequence[QuestionSet] = (),
 ) -> list[Task]:
     """Tasks by name, in the order given, everything tokenised.
 
@@ -37,6 +40,7 @@ def build_tasks(
 
     Args:
         n_items: of a task, by name; the task's own number for those not named.
+        questions: that the task of that kind asks.
 
     Raises:
         DepthKVError: a name is not known, the context or a text is too small, the model's chat template is broken.
@@ -45,4 +49,10 @@ def build_tasks(
         if name not in TASKS:
             raise DepthKVError(f"task {name!r} is not known: give some of {', '.join(TASKS)}")
     counts = {name: {"n_items": n} for name, n in (n_items or {}).items()}
-    return [_BUILDERS[name](model, texts, n_ctx, seed, **counts.get(name, {})) for name in names]
+    tasks: list[Task] = []
+    for name in names:
+        if name == qa.NAME:
+            tasks.append(qa.build(model, questions, n_ctx, seed, **counts.get(name, {})))
+        else:
+            tasks.append(_BUILDERS[name](model, texts, n_ctx, seed, **counts.get(name, {})))
+    return tasks

@@ -6,9 +6,8 @@ import json
 import math
 import os
 import re
-import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,8 +16,7 @@ import numpy as np
 import torch
 
 from depthkv_edge import __version__
-from depthkv_edge.calibrate import exact, fast
-from depthkv_edge.calibrate.calibrate_settings import BOTH, EXACT, FAST, CalibrateSettings
+from depthkv_edge.calibrate.calibrate_settings import EXACT, FAST, RECALL, CalibrateSettings
 from depthkv_edge.calibrate.corpus import Corpus, build_corpus, printable
 from depthkv_edge.calibrate.curves import Curves, build_curves, curve_correlation, layer_correlation
 from depthkv_edge.calibrate.heldout import DEFAULT_RULE, UNIFORM, HeldOut, allocate, check
@@ -33,10 +31,10 @@ from depthkv_edge.calibrate.load import (
     quiet,
 )
 from depthkv_edge.calibrate.match import check_match
-from depthkv_edge.calibrate.parallel import Processes, join_processes
+from depthkv_edge.calibrate.measurement import AVERAGE_SECONDS, forget, measure, not_finite
+from depthkv_edge.calibrate.parallel import join_processes
 from depthkv_edge.calibrate.state import SavedState, fingerprint
 from depthkv_edge.calibrate.target import Target, inspect_model
-from depthkv_edge.calibrate.window import prefill, run_tail
 from depthkv_edge.engine.rules import N_RECENT, N_SINK
 from depthkv_edge.errors import DepthKVError
 from depthkv_edge.measure.progress import progress
@@ -45,11 +43,6 @@ from depthkv_edge.modelfile.packaged import resolve_model
 from depthkv_edge.modelfile.writer import check_writable, write_calibrated
 
 N_HELD_OUT = 2
-
-# for the time left, in runs of one layer: head and divergence; eviction, the change of the output and its gradient
-_HEAD_COST, _FAST_COST = 6, 6
-# that the speed is averaged over: layers cost less and less, a short average would promise too much
-_AVERAGE_SECONDS = 1800.0
 
 _OUT_OF_MEMORY = re.compile(r"out of memory|can't allocate|not enough memory", re.IGNORECASE)
 
@@ -63,7 +56,8 @@ class Outcome:
     Attributes:
         calibration: as written.
         held_out: the check on windows that were not measured.
-        measured: [W, L, R] nats per token, of every window.
+        measured: [W, L, R] nats per token, of every window of running text.
+        recall: the same of the windows that ask for hidden facts; None if there are none.
         agreement: Spearman correlation of `fast` with `exact` over (all points, layers), if both were measured.
         seconds: that this process spent on measuring in this run, by method: prefill and all, without the held-out
             check, and without what an interrupted run had done.
@@ -75,6 +69,7 @@ class Outcome:
     output: Path
     agreement: tuple[float, float] | None = None
     seconds: dict[str, float] = field(default_factory=dict)
+    recall: np.ndarray | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -86,6 +81,7 @@ class Outcome:
             "method": c.method,
             "scorer": c.scorer,
             "windows": c.windows,
+            "recall_windows": c.recall_windows,
             "window_tokens": c.window_tokens,
             "tokens": c.tokens,
             "layer_ids": list(c.layer_ids),
@@ -147,20 +143,28 @@ def calibrate(
     if processes.rank == 0 and state.stale and not len(state):
         say("an earlier calibration was interrupted, with other settings: starting over")
     with _memory(settings):
-        measured, seconds = _measure(settings, target, corpus, processes, state, say)
+        measured, seconds = measure(settings, target, corpus, processes, state, say)
     if processes.rank != 0:
         return None
 
     method = FAST if settings.method == FAST else EXACT
     texts = [window.text for window in corpus.windows]
-    curves = build_curves(measured[method], texts)
+    curves = build_curves(measured[method], texts, measured.get(RECALL) if settings.recall else None)
     with _memory(settings):
         held_out = _check(settings, target, corpus, curves)
     calibration = _calibration(settings, target, corpus, curves, held_out, method, budget)
     write_calibrated(gguf, settings.output, calibration)
-    outcome = Outcome(calibration, held_out, measured[method], settings.output, _agreement(measured, texts), seconds)
+    outcome = Outcome(
+        calibration,
+        held_out,
+        measured[method],
+        settings.output,
+        _agreement(measured, texts),
+        seconds,
+        measured.get(RECALL),
+    )
     on_outcome(outcome)
-    state.remove(_methods(settings))
+    forget(settings, state)
     return outcome
 
 
@@ -184,93 +188,18 @@ def read_corpus(settings: CalibrateSettings, source: Source) -> Corpus:
         n_held_out=N_HELD_OUT,
         window_tokens=settings.window_tokens,
         seed=settings.seed,
+        n_recall=settings.recall,
     )
 
 
 def _fingerprint(settings: CalibrateSettings, target: Target, corpus: Corpus) -> str:
     measured = {
-        name: getattr(settings, name) for name in ("windows", "window_tokens", "scorer", "dtype", "seed", "ratios")
+        name: getattr(settings, name)
+        for name in ("windows", "recall", "window_tokens", "scorer", "dtype", "seed", "ratios")
     }
-    windows = [window.tokens for window in corpus.windows]
+    windows = [window.tokens for window in (*corpus.windows, *corpus.recall)]
     cells = [plan.cells for plan in settings.plans(1)]
     return fingerprint(__version__, measured, corpus.name, windows, cells, fingerprint_weights(target.model))
-
-
-def _methods(settings: CalibrateSettings) -> list[str]:
-    return [method for method in (EXACT, FAST) if settings.method in (method, BOTH)]
-
-
-def _measure(
-    settings: CalibrateSettings, target: Target, corpus: Corpus, processes: Processes, state: SavedState, say: Say
-) -> tuple[dict[str, np.ndarray], dict[str, float]]:
-    """[W, L, R] nats per token for each method that is asked for, or that is complete anyway; and the seconds."""
-    methods = _methods(settings)
-    mine = range(processes.rank, settings.windows, processes.count)
-    layer_ids, n_layers = target.layer_ids, len(target.layers)
-    scorer, plans = settings.scorer, settings.plans(len(layer_ids))
-
-    def missing(method: str, window: int) -> list[int]:
-        return [layer for layer in layer_ids if state.get(method, window, layer) is None]
-
-    def cost(method: str, layer: int) -> float:  # in runs of one layer over one token
-        n_runs = len(plans) * (n_layers - layer + _HEAD_COST) if method == EXACT else _FAST_COST
-        return settings.tail_tokens(method) * n_runs
-
-    todo = [(method, window, missing(method, window)) for method in methods for window in mine]
-    todo = [(method, window, layers) for method, window, layers in todo if layers]
-    total = sum(
-        (settings.window_tokens - settings.tail_tokens(method)) * n_layers
-        + sum(cost(method, layer) for layer in layers)
-        for method, _, layers in todo
-    )
-    if processes.rank == 0 and len(state):
-        say(f"going on where an interrupted calibration was: {len(state)} measurements of a layer are there")
-
-    def put(method: str, window: int, curves: dict[int, list[float]]) -> None:
-        for layer, curve in curves.items():
-            if not all(map(math.isfinite, curve)):
-                raise _not_finite(f"what layer {layer} loses in window {window}", curve, settings)
-        state.put(method, window, curves)
-
-    def measure(method: str, index: int, layers: list[int], advance: Callable[[float], None]) -> None:
-        prefilled = prefill(
-            target,
-            corpus.windows[index].tokens,
-            settings.tail_tokens(method),
-            scorer,
-            plans,
-            lambda n: advance(n * n_layers),
-        )
-        if method == FAST:
-            seed = settings.seed * 1_000_003 + index
-            put(FAST, index, fast.measure_window(prefilled, seed, lambda: advance(cost(FAST, 0))))
-            return
-        window = run_tail(prefilled)
-        for layer in layers:
-            put(EXACT, index, {layer: exact.measure_layer(window, layer)})
-            advance(cost(EXACT, layer))
-
-    seconds = dict.fromkeys(methods, 0.0)
-    shown = progress("measuring", total, _AVERAGE_SECONDS) if processes.rank == 0 else nullcontext(lambda n: None)
-    with shown as advance:
-        for method, index, layers in todo:
-            start = time.perf_counter()
-            measure(method, index, layers, advance)
-            seconds[method] += time.perf_counter() - start
-
-    own = [
-        (method, window, [state.get(method, window, layer) for layer in target.layer_ids])
-        for method in (EXACT, FAST)
-        for window in mine
-        if not missing(method, window)
-    ]
-    found = processes.gather(own)
-    result = {}
-    for method in (EXACT, FAST):
-        windows = {window: curves for of, window, curves in found if of == method}
-        if len(windows) == settings.windows:
-            result[method] = np.array([windows[window] for window in range(settings.windows)])
-    return result, seconds
 
 
 def _check(settings: CalibrateSettings, target: Target, corpus: Corpus, curves: Curves) -> HeldOut:
@@ -279,17 +208,11 @@ def _check(settings: CalibrateSettings, target: Target, corpus: Corpus, curves: 
     calibrated = allocate(DEFAULT_RULE, n_tokens, settings.ratios, curves.sensitivity)
     scorer = settings.scorer
     total = len(corpus.held_out) * (n_tokens - settings.tail_tokens(EXACT))
-    with progress("checking", total, _AVERAGE_SECONDS) as advance:
+    with progress("checking", total, AVERAGE_SECONDS) as advance:
         found = check(target, corpus.held_out, settings.tail_tokens(EXACT), scorer, uniform, calibrated, advance)
     if not (math.isfinite(found.uniform) and math.isfinite(found.calibrated)):
-        raise _not_finite("the loss in the held-out windows", (found.uniform, found.calibrated), settings)
+        raise not_finite("the loss in the held-out windows", (found.uniform, found.calibrated), settings)
     return found
-
-
-def _not_finite(what: str, values: Sequence[float], settings: CalibrateSettings) -> DepthKVError:
-    value = next(x for x in values if not math.isfinite(x))
-    way_out = "check the weights of the model" if settings.dtype == "float32" else "measure with --dtype float32"
-    return DepthKVError(f"{what} is {value} with --dtype {settings.dtype}: {way_out}")
 
 
 @contextmanager
@@ -326,8 +249,9 @@ def _calibration(
         rule=held_out.rule,
         model=printable(settings.model),
         corpus=corpus.name,
-        tokens=settings.windows * settings.window_tokens,
+        tokens=(settings.windows + settings.recall) * settings.window_tokens,
         windows=settings.windows,
+        recall_windows=settings.recall,
         window_tokens=settings.window_tokens,
         method=method,
         stability=curves.stability,
@@ -338,7 +262,7 @@ def _calibration(
 
 
 def _agreement(measured: dict[str, np.ndarray], texts: Sequence[int]) -> tuple[float, float] | None:
-    if len(measured) < 2:
+    if not {EXACT, FAST} <= measured.keys():
         return None
     a, b = (build_curves(measured[method], texts).sensitivity for method in (EXACT, FAST))
     return curve_correlation(a, b), layer_correlation(a, b)
@@ -370,7 +294,9 @@ def dump_curves(outcome: Outcome, path: Path) -> None:
     Raises:
         DepthKVError: the file cannot be written.
     """
+    recall = None if outcome.recall is None else outcome.recall.tolist()
+    per_window = {"per_window": outcome.measured.tolist(), "per_recall_window": recall}
     try:
-        path.write_text(json.dumps(outcome.to_dict() | {"per_window": outcome.measured.tolist()}) + "\n")
+        path.write_text(json.dumps(outcome.to_dict() | per_window) + "\n")
     except OSError as error:
         raise DepthKVError(f"{path} cannot be written: {error.strerror}") from None

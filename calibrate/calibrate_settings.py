@@ -14,6 +14,7 @@ from depthkv_edge.modelfile.keys import CHECK_BUDGET
 
 EXACT, FAST, BOTH = "exact", "fast", "both"
 METHODS = (EXACT, FAST, BOTH)
+RECALL = "recall"  # how windows that ask are measured: by ablation, whatever the method is
 
 # the share of a window over which divergence is measured: its end, where the layers have forgotten the most. A gradient
 # takes in what a token does to later ones, so a shorter one is enough
@@ -32,6 +33,7 @@ class CalibrateSettings:
     output: Path
     corpus: tuple[str, ...] = ()
     windows: int = 4
+    recall: int = 2
     window_tokens: int = 3072
     scorer: str = "attention"
     device: str = "cpu"
@@ -53,6 +55,8 @@ class CalibrateSettings:
         check_scorer(self.scorer)
         if self.windows < 1:
             raise DepthKVError(f"--windows {self.windows} is not above 0: give 1 or more")
+        if self.recall < 0:
+            raise DepthKVError(f"--recall {self.recall} is below 0: give 0 or more")
         if not self.ratios or any(not 0 < ratio < 1 for ratio in self.ratios):
             raise DepthKVError(f"--ratios {_join(self.ratios)} are not all between 0 and 1: give some like 0.2,0.4")
         if list(self.ratios) != sorted(set(self.ratios)):

@@ -13,12 +13,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from pydoc_data.topics import topics
 
+from depthkv_edge.calibrate.recall import build_window
 from depthkv_edge.errors import DepthKVError
 
 _FIELDS = ("text", "content")  # of a JSON line, in order of preference
 
 # characters read of each text for every token that is wanted: rich enough to draw from, bounded for a huge file
 _CHARACTERS_PER_TOKEN = 64
+
+# the share of a recall window that asks, and the least tokens for it
+_RECALL_TAIL, _RECALL_TAIL_MIN = 12, 128
 
 
 @dataclass(frozen=True)
@@ -36,10 +40,14 @@ class WindowTokens:
     Attributes:
         text: index of the text it comes from.
         tokens: the tokens, the one that begins a sequence included if the model has one.
+        asked: positions of the tokens that count, ascending; none for all of the tail.
+        n_tail: tokens at the end that are asked for; 0 if none is.
     """
 
     text: int
     tokens: tuple[int, ...]
+    asked: tuple[int, ...] = ()
+    n_tail: int = 0
 
 
 @dataclass(frozen=True)
@@ -50,12 +58,14 @@ class Corpus:
         name: the name of the corpus and the sha256 of the text that was read.
         texts: names of the texts.
         windows, held_out: windows at distinct places, the texts taken in turn.
+        recall: windows at other places, in which facts are hidden and asked for.
     """
 
     name: str
     texts: tuple[str, ...]
     windows: tuple[WindowTokens, ...]
     held_out: tuple[WindowTokens, ...]
+    recall: tuple[WindowTokens, ...] = ()
 
 
 def default_texts(seed: int, n_characters: int) -> list[CorpusText]:
@@ -157,6 +167,7 @@ def build_corpus(
     n_held_out: int,
     window_tokens: int,
     seed: int,
+    n_recall: int = 0,
 ) -> Corpus:
     """Draw windows from the texts in turn, at distinct places.
 
@@ -169,9 +180,10 @@ def build_corpus(
         first_token: the token that begins a sequence, or none.
 
     Raises:
-        DepthKVError: a text cannot be read, or there is too little of it; the message says how much is missing.
+        DepthKVError: a text cannot be read, or there is too little of it, and the message says how much is missing; a
+            window is too short for `recall.build_window`.
     """
-    n_total = n_windows + n_held_out
+    n_total = n_windows + n_held_out + n_recall
     n_characters = _CHARACTERS_PER_TOKEN * n_total * window_tokens
     texts = read_texts(names, n_characters) if names else default_texts(seed, n_characters)
     head = () if first_token is None else (first_token,)
@@ -210,6 +222,10 @@ def build_corpus(
     for text, places in zip(texts, left, strict=True):
         random.Random(f"{seed} {text.name}").shuffle(places)
     windows = _take_turns(left, n_windows)
+    recall = [
+        _hide(window, tokenize, head, random.Random(f"{seed} recall {i}"))
+        for i, window in enumerate(_take_turns(left, n_recall))
+    ]
 
     digest = hashlib.sha256("\0".join(text.content for text in texts).encode()).hexdigest()
     name = f"Python {platform.python_version()}" if not names else ", ".join(text.name for text in texts)
@@ -218,7 +234,18 @@ def build_corpus(
         tuple(text.name for text in texts),
         tuple(windows),
         tuple(held_out),
+        tuple(recall),
     )
+
+
+def _hide(
+    window: WindowTokens, tokenize: Callable[[str], list[int]], head: tuple[int, ...], rng: random.Random
+) -> WindowTokens:
+    """The same text with facts in it, cut at the end where they are asked for."""
+    text = window.tokens[len(head) :]
+    made = build_window(tokenize, text, len(text), max(len(text) // _RECALL_TAIL, _RECALL_TAIL_MIN), rng)
+    asked = tuple(len(head) + at for at in made.asked)
+    return WindowTokens(window.text, (*head, *made.tokens), asked, made.n_tail)
 
 
 def _take_turns(places: list[list[tuple[int, ...]]], n: int) -> list[WindowTokens]:

@@ -27,8 +27,12 @@ class Curves:
     stability: float
 
 
-def build_curves(measured: np.ndarray, texts: Sequence[int]) -> Curves:
-    """Average the windows so that each counts the same.
+# weight of the windows that ask for hidden facts, beside those of running text (docs/calibration.md has the table)
+RECALL_SHARE = 0.5
+
+
+def build_curves(measured: np.ndarray, texts: Sequence[int], recall: np.ndarray | None = None) -> Curves:
+    """Average the windows so that each of a kind counts the same.
 
     A single window of repetitive text can lose fifty times what another does, and would be all that a plain mean of a
     few windows says. So each window is divided by its mean over layers and ratios, and the average is scaled back by
@@ -37,22 +41,39 @@ def build_curves(measured: np.ndarray, texts: Sequence[int]) -> Curves:
     A mean of finite samples may rise with the keep ratio where the truth is flat. A curve that does is replaced by the
     nearest one that does not (isotonic regression, scipy.optimize.isotonic_regression).
 
+    Windows that ask for hidden facts lose far more than running text does, in a few layers. Scaled to the same level
+    they make up `RECALL_SHARE` of the curves, which so stay in the nats of running text.
+
     Args:
         measured: [W, L, R] nats per token, keep ratios ascending.
         texts: [W] index of the text each window comes from.
+        recall: the same of windows that ask, or none.
     """
+    level, mean, error = _average(measured)
+    if recall is not None and recall.any():
+        level_recall, mean_recall, error_recall = _average(recall)
+        if level:
+            mean = (1 - RECALL_SHARE) * mean + RECALL_SHARE * mean_recall
+            error = np.hypot((1 - RECALL_SHARE) * error, RECALL_SHARE * error_recall)
+        else:
+            level, mean, error = level_recall, mean_recall, error_recall
+    falling = np.stack([isotonic_regression(curve, increasing=False).x for curve in np.maximum(level * mean, 0)])
+    return Curves(falling.astype(np.float32), (level * error).astype(np.float32), stability(measured, texts))
+
+
+def _average(measured: np.ndarray) -> tuple[float, np.ndarray, np.ndarray]:
+    """(geometric mean of the windows' levels, mean [L, R] of the windows at level 1, its standard error [L, R])."""
     level = measured.mean(axis=(1, 2))
     speaking = level > 0
     if not speaking.any():
-        nothing = np.zeros(measured.shape[1:], np.float32)
-        return Curves(nothing, nothing, stability(measured, texts))
+        nothing = np.zeros(measured.shape[1:])
+        return 0.0, nothing, nothing
     level = level[speaking]
-    scaled = measured[speaking] / level[:, None, None] * np.exp(np.log(level).mean())
-    mean = scaled.mean(axis=0)
+    scaled = measured[speaking] / level[:, None, None]
     n_windows = len(scaled)
+    mean = scaled.mean(axis=0)
     error = scaled.std(axis=0, ddof=1) / np.sqrt(n_windows) if n_windows > 1 else np.zeros_like(mean)
-    falling = np.stack([isotonic_regression(curve, increasing=False).x for curve in np.maximum(mean, 0)])
-    return Curves(falling.astype(np.float32), error.astype(np.float32), stability(measured, texts))
+    return float(np.exp(np.log(level).mean())), mean, error
 
 
 def stability(measured: np.ndarray, texts: Sequence[int]) -> float:

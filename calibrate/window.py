@@ -45,6 +45,7 @@ class Prefilled:
         cache: KV cache of the tokens before the tail; copies of it are run on, it stays as it is.
         scorer: name of the token-scoring rule that chooses what is evicted.
         plans: how many cells there are.
+        asked: positions of the tokens over whose prediction divergence is measured; none for all of the tail.
     """
 
     target: Target
@@ -54,10 +55,15 @@ class Prefilled:
     scorer: str
     plans: Sequence[LayerCells]
     samples: _QuerySamples
+    asked: tuple[int, ...] = ()
 
     @property
     def n_tokens(self) -> int:
         return self.n_past + self.tail.shape[1]
+
+    def predictions(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The hidden states that count, of those [n_tail, n_embd] of the tail: each predicts the token after it."""
+        return hidden[[at - 1 - self.n_past for at in self.asked]] if self.asked else hidden
 
     def simulate(self, call: AttentionCall) -> list[list[Held] | None]:
         """For each plan, the cells that a layer holds at each ubatch that touches the tail; None if nothing is evicted.
@@ -96,7 +102,7 @@ class Window:
     Attributes:
         prefilled: the window before that.
         inputs: hidden states [1, n_tail, n_embd] that enter each layer.
-        reference: logits [n_tail, n_vocab] of the full cache.
+        reference: logits [n, n_vocab] of the full cache, of the predictions that count.
         held: by layer index, for each plan: see `Prefilled.simulate`.
     """
 
@@ -124,7 +130,7 @@ class Window:
 
         target, first = self.prefilled.target, min(held)
         with torch.no_grad(), target.starting_at(first, self.inputs[first]), observe(observer):
-            hidden = target.hidden(self.prefilled.tail, copy_cache(self.prefilled.cache))
+            hidden = self.prefilled.predictions(target.hidden(self.prefilled.tail, copy_cache(self.prefilled.cache)))
             return mean_divergence((self.reference[rows], target.logits(hidden[rows])) for rows in chunks(len(hidden)))
 
 
@@ -173,12 +179,14 @@ def prefill(
     scorer: str,
     plans: Sequence[LayerCells],
     on_prefill: Callable[[int], None] = lambda n: None,
+    asked: Sequence[int] = (),
 ) -> Prefilled:
     """Run a window up to its tail.
 
     Args:
         tokens: the window; its last `n_tail` are the tail.
         on_prefill: told the number of tokens of each chunk.
+        asked: positions of the tokens that count, all but the first of the tail at most; none for all of it.
     """
     n_past = len(tokens) - n_tail
     ids = torch.tensor([list(tokens)], device=target.device)
@@ -193,7 +201,7 @@ def prefill(
         for i, layer in enumerate(cache.layers):
             if type(layer) is DynamicLayer:
                 cache.layers[i] = _TailLayer(layer, n_tail)
-    return Prefilled(target, ids[:, n_past:], n_past, cache, scorer, plans, samples)
+    return Prefilled(target, ids[:, n_past:], n_past, cache, scorer, plans, samples, tuple(asked))
 
 
 def run_tail(prefilled: Prefilled) -> Window:
@@ -207,7 +215,7 @@ def run_tail(prefilled: Prefilled) -> Window:
 
     with torch.no_grad():
         with observe(observer), layer_inputs(target.layers) as inputs:
-            hidden = target.hidden(prefilled.tail, copy_cache(prefilled.cache))
+            hidden = prefilled.predictions(target.hidden(prefilled.tail, copy_cache(prefilled.cache)))
         reference = torch.cat([target.logits(hidden[rows]) for rows in chunks(len(hidden))])
     return Window(prefilled, inputs, reference, held)
 

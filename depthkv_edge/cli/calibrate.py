@@ -30,6 +30,9 @@ _INSTALL = "pip install torch==2.13.0 'depthkv-edge[calibrate]'"
     "--corpus", multiple=True, type=FILE, metavar="FILE", help="Text or .jsonl file, or a data set. Repeat for more."
 )
 @click.option("--windows", type=int, default=4, show_default=True, metavar="N", help="Windows of text to measure.")
+@click.option(
+    "--recall", type=int, default=2, show_default=True, metavar="N", help="Windows that ask for hidden facts."
+)
 @click.option("--window-tokens", type=int, default=3072, show_default=True, metavar="N", help="Tokens of a window.")
 @click.option(
     "--scorer",
@@ -65,6 +68,7 @@ def calibrate(
     output: str,
     corpus: tuple[str, ...],
     windows: int,
+    recall: int,
     window_tokens: int,
     scorer: str,
     ratios: str,
@@ -102,6 +106,7 @@ def calibrate(
         output=Path(output),
         corpus=corpus,
         windows=windows,
+        recall=recall,
         window_tokens=window_tokens,
         scorer=scorer,
         device=device,
@@ -154,9 +159,13 @@ def summary_rows(outcome: Outcome) -> list[tuple[str, str]]:
 
     calibration, held_out = outcome.calibration, outcome.held_out
     worst = sorted(zip(calibration.sensitivity[:, 0], calibration.layer_ids, strict=True), reverse=True)[:5]
+    recall = f" and {calibration.recall_windows} that ask" if calibration.recall_windows else ""
     divergence = f"mean KL {held_out.calibrated:.4f} calibrated, {held_out.uniform:.4f} uniform"
     rows = [
-        ("measured", f"{calibration.windows} windows of {calibration.window_tokens} tokens, {calibration.method}"),
+        (
+            "measured",
+            f"{calibration.windows} windows{recall} of {calibration.window_tokens} tokens, {calibration.method}",
+        ),
         ("sensitive", "layers " + ", ".join(str(layer) for _, layer in worst)),
     ]
     if not math.isnan(calibration.stability):  # as it is of one window

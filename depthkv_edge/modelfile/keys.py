@@ -48,7 +48,7 @@ class Calibration:
         model: name or path that the user gave.
         corpus: `<name> sha256:<hex>`.
         tokens: tokens measured in all.
-        windows: calibration windows.
+        windows: calibration windows of running text.
         window_tokens: tokens of a window.
         method: `exact` or `fast`; empty if the file does not say.
         stability: Spearman correlation of the sensitivity between texts, in [-1, 1]; NaN if it was not measured.
@@ -56,6 +56,7 @@ class Calibration:
             measured, or if the calibrated budgets lose nothing at all.
         tool: `depthkv-edge <version>`.
         budget: default budget, a fraction of the full cache in (0, 1]; None for the full cache.
+        recall_windows: windows that asked for hidden facts.
     """
 
     layer_ids: tuple[int, ...]
@@ -76,6 +77,7 @@ class Calibration:
     gain: float
     tool: str
     budget: float | None = None
+    recall_windows: int = 0
 
 
 class Key(NamedTuple):
@@ -115,6 +117,7 @@ KEYS = (
     Key("depthkv.calibration.corpus", "corpus", _STRING, missing=""),
     Key("depthkv.calibration.tokens", "tokens", _U32, missing=0),
     Key("depthkv.calibration.windows", "windows", _U32, missing=0),
+    Key("depthkv.calibration.recall_windows", "recall_windows", _U32, missing=0),
     Key("depthkv.calibration.window_tokens", "window_tokens", _U32, missing=0),
     Key("depthkv.calibration.method", "method", _STRING, missing=""),
     Key("depthkv.calibration.stability", "stability", _F32, missing=math.nan),

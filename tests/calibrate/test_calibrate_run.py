@@ -36,7 +36,9 @@ def pair(tmp_path_factory):
 
 def settings_of(pair, directory: Path) -> CalibrateSettings:
     repo, gguf = pair
-    return CalibrateSettings(str(repo), gguf, directory / "out.gguf", windows=2, window_tokens=480, ratios=(0.3, 0.5))
+    return CalibrateSettings(
+        str(repo), gguf, directory / "out.gguf", windows=2, recall=0, window_tokens=480, ratios=(0.3, 0.5)
+    )
 
 
 @pytest.fixture
@@ -287,7 +289,7 @@ def test_state_that_cannot_be_written(tmp_path, monkeypatch):
 
 
 def test_two_processes_measure_what_one_does(settings, alone, tmp_path):
-    arguments = [settings.model, "--gguf", settings.gguf, "-o", tmp_path / "two.gguf", "--windows", 2]
+    arguments = [settings.model, "--gguf", settings.gguf, "-o", tmp_path / "two.gguf", "--windows", 2, "--recall", 0]
     arguments += ["--window-tokens", 480, "--ratios", "0.3,0.5", "--json"]
     script = tmp_path / "calibrate_two.py"
     script.write_text("from depthkv_edge.cli.calibrate import calibrate; calibrate()")
@@ -339,7 +341,7 @@ def test_where_curves_may_go(settings, tmp_path):
     ],
 )
 def test_what_is_wrong_is_said_before_the_work(settings, monkeypatch, change, parts):
-    monkeypatch.setattr("depthkv_edge.calibrate.calibrate.prefill", lambda *args: pytest.fail("measured"))
+    monkeypatch.setattr("depthkv_edge.calibrate.measurement.prefill", lambda *args: pytest.fail("measured"))
     with pytest.raises(DepthKVError) as error:
         calibrate(replace(settings, **change))
     line = str(error.value)

@@ -194,7 +194,7 @@ def test_writing_again_changes_nothing(tmp_path):
     assert path.read_bytes() == first
     write_calibrated(path, path, make_calibration())
     assert read_calibration(path).budget is None
-    assert len(path.read_bytes()) < len(first)
+    assert b"depthkv.budget" in first and b"depthkv.budget" not in path.read_bytes()
 
 
 @pytest.mark.parametrize("relation", ["symlink", "hardlink", "relative", "dangling"])

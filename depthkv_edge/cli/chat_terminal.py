@@ -248,11 +248,12 @@ def print_holding(holding: Holding) -> None:
     for name, text in holding_rows(holding):
         console.print(f"[bold]{name:<10}[/]{text}", soft_wrap=True)
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for name in ("layer", "cells", "held", "evicted", *_AGES):
+    for name in ("layer", "cells", "held", "evicted", "pinned", "chosen", *_AGES):
         table.add_column(name, justify="right", no_wrap=True)
     for layer, ages in zip(holding.kv.layers, holding.ages, strict=True):
         shares = ("-" if math.isnan(share) else f"{share:.0%}" for share in ages)
-        table.add_row(str(layer.layer), str(layer.cells), str(layer.used), str(layer.evicted), *shares)
+        counts = (layer.layer, layer.cells, layer.used, layer.evicted, layer.pinned, layer.chosen)
+        table.add_row(*map(str, counts), *shares)
     console.print(table)
 
 

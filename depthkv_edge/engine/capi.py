@@ -14,7 +14,7 @@ from depthkv_edge.errors import DepthKVError
 llama_cpp = library.import_bindings()
 _api = llama_cpp.llama_cpp  # the module that mirrors llama.h, and owns the library handle
 
-VERSION = 6  # LLAMA_DEPTHKV_VERSION
+VERSION = 7  # LLAMA_DEPTHKV_VERSION
 
 
 class llama_depthkv_rule(ctypes.Structure):
@@ -54,6 +54,9 @@ class llama_depthkv_layer(ctypes.Structure):
         ("used", ctypes.c_uint32),
         ("evicted", ctypes.c_uint64),
         ("bytes", ctypes.c_size_t),
+        ("sinks", ctypes.c_uint32),
+        ("pinned", ctypes.c_uint32),
+        ("recent", ctypes.c_uint32),
     ]
 
 

@@ -22,6 +22,8 @@ class LayerStats:
         used: cells that hold a token of the sequence.
         evicted: tokens of the sequence that were evicted since the layer last held all of it.
         bytes: K and V of all sequences.
+        sinks, pinned, recent: of the used cells those that eviction leaves alone, the first reason that holds. All 0
+            where the stock cache runs.
     """
 
     layer: int
@@ -29,6 +31,14 @@ class LayerStats:
     used: int
     evicted: int
     bytes: int
+    sinks: int
+    pinned: int
+    recent: int
+
+    @property
+    def chosen(self) -> int:
+        """Used cells that are held for their scores, or because nothing had to be evicted yet."""
+        return self.used - self.sinks - self.pinned - self.recent
 
 
 @dataclass(frozen=True)
@@ -83,7 +93,7 @@ class KVStats:
 
     def summary(self) -> dict[str, Any]:
         """What `run` and `chat` say of it in JSON: budget, sizes in bytes, and the cells of each layer."""
-        names = ("layer", "cells", "used", "evicted")
+        names = ("layer", "cells", "used", "evicted", "sinks", "pinned", "recent", "chosen")
         return {
             "budget": self.budget,
             "bytes": self.bytes,

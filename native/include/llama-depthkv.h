@@ -22,7 +22,7 @@ extern "C" {
 #endif
 
 // changes whenever a struct or a function below does
-#define LLAMA_DEPTHKV_VERSION 6
+#define LLAMA_DEPTHKV_VERSION 7
 
 // the version that the library was built with: structs are passed by value, so check it before anything else
 LLAMA_API int32_t llama_depthkv_version(void);
@@ -123,6 +123,11 @@ struct llama_depthkv_layer {
     uint32_t used;      // cells in use by the sequence
     uint64_t evicted;   // cells freed by eviction since the layer last held all of the sequence
     size_t   bytes;     // K and V of all sequences
+
+    // of the cells in use those that eviction leaves alone, the first reason that holds. the others are held for their scores
+    uint32_t sinks;     // at the front of the sequence
+    uint32_t pinned;
+    uint32_t recent;    // at its end
 };
 
 struct llama_depthkv_stats {

@@ -171,6 +171,9 @@ json server_kv::to_json(int id_slot, bool with_strips) {
             {"used",    layer.used},
             {"evicted", layer.evicted},
             {"bytes",   layer.bytes/n_slots},
+            {"sinks",   layer.sinks},
+            {"pinned",  layer.pinned},
+            {"recent",  layer.recent},
         });
     }
 

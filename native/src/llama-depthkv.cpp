@@ -200,6 +200,12 @@ bool llama_depthkv_get_layer(const llama_context * ctx, int32_t i, llama_seq_id 
             layer->evicted = l.cells[seq_id].n_evicted;
             layer->bytes   = ggml_nbytes(l.k) + ggml_nbytes(l.v);
 
+            const auto n = kv->count_kinds(l, seq_id);
+
+            layer->sinks  = n[LLAMA_KV_KIND_SINK];
+            layer->pinned = n[LLAMA_KV_KIND_PINNED];
+            layer->recent = n[LLAMA_KV_KIND_RECENT];
+
             return true;
         }
 

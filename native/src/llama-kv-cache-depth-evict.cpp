@@ -62,6 +62,22 @@ ggml_status llama_kv_cache_depth::evict(kv_layer & layer, uint32_t strm, uint32_
     return GGML_STATUS_SUCCESS;
 }
 
+std::array<uint32_t, LLAMA_KV_KIND_COUNT> llama_kv_cache_depth::count_kinds(const kv_layer & layer, uint32_t strm) const {
+    const auto & cells = layer.cells[strm];
+
+    const llama_pos p1 = cells.pos_max() + 1 - (llama_pos) plan.params.n_recent;
+
+    std::array<uint32_t, LLAMA_KV_KIND_COUNT> res = {};
+
+    for (uint32_t i = 0; i < cells.used_max_p1(); ++i) {
+        if (!cells.is_empty(i)) {
+            res[llama_kv_score_kind(cells.pos_get(i), streams[strm].pins, plan.params.n_sink, p1)]++;
+        }
+    }
+
+    return res;
+}
+
 void llama_kv_cache_depth::mark_broken(kv_layer & layer, uint32_t strm) {
     auto & cells = layer.cells[strm];
 

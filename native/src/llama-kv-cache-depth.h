@@ -9,6 +9,7 @@
 #include "llama-kv-score.h"
 #include "llama-memory.h"
 
+#include <array>
 #include <unordered_map>
 #include <vector>
 
@@ -135,6 +136,9 @@ public:
     void set_attn(const std::vector<attn_params> & params);
 
     const attn_params & get_attn(const kv_layer & layer) const { return layer_attn[&layer - layers.data()]; }
+
+    // cells that a sequence uses, by why it holds them
+    std::array<uint32_t, LLAMA_KV_KIND_COUNT> count_kinds(const kv_layer & layer, uint32_t strm) const;
 
     // the SWA layers, nullptr if the model has none
     llama_kv_cache_iswa * get_iswa() const { return kv_iswa.get(); }

@@ -54,6 +54,17 @@ void llama_kv_score_i::accumulate(llama_kv_depth_cells & cells, const llama_kv_a
     GGML_UNUSED(n_tokens);
 }
 
+llama_kv_kind llama_kv_score_kind(llama_pos p, const llama_kv_depth_spans & pins, uint32_t n_sink, llama_pos p1) {
+    if (p < (llama_pos) n_sink) {
+        return LLAMA_KV_KIND_SINK;
+    }
+    if (!pins.empty() && pins.has(p)) {
+        return LLAMA_KV_KIND_PINNED;
+    }
+
+    return p >= p1 ? LLAMA_KV_KIND_RECENT : LLAMA_KV_KIND_CHOSEN;
+}
+
 std::vector<uint32_t> llama_kv_score_select(
         const llama_kv_depth_cells & cells,
         const llama_kv_depth_spans & pins,
@@ -61,15 +72,16 @@ std::vector<uint32_t> llama_kv_score_select(
         uint32_t                     n_sink,
         uint32_t                     n_recent,
         uint32_t                     n_evict) {
-    const llama_pos p0 = n_sink;
     const llama_pos p1 = cells.pos_max() + 1 - (llama_pos) n_recent;
 
-    std::vector<uint32_t> rows;
-    rows.reserve(cells.get_used());
+    std::vector<uint32_t> by_kind[LLAMA_KV_KIND_COUNT];
 
-    std::vector<uint32_t> sinks;
-    std::vector<uint32_t> pinned;
-    std::vector<uint32_t> recent;
+    auto & sinks  = by_kind[LLAMA_KV_KIND_SINK];
+    auto & pinned = by_kind[LLAMA_KV_KIND_PINNED];
+    auto & recent = by_kind[LLAMA_KV_KIND_RECENT];
+    auto & rows   = by_kind[LLAMA_KV_KIND_CHOSEN];
+
+    rows.reserve(cells.get_used());
 
     for (uint32_t i = 0; i < cells.used_max_p1(); ++i) {
         const llama_pos p = cells.pos_get(i);
@@ -78,7 +90,7 @@ std::vector<uint32_t> llama_kv_score_select(
             continue;
         }
 
-        (p < p0 ? sinks : !pins.empty() && pins.has(p) ? pinned : p >= p1 ? recent : rows).push_back(i);
+        by_kind[llama_kv_score_kind(p, pins, n_sink, p1)].push_back(i);
     }
 
     const uint32_t n_pin = pins.count(n_sink);

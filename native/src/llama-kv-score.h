@@ -81,6 +81,18 @@ llama_kv_score_ptr llama_kv_score_init(const std::string & name);
 // names of all scorers, for error messages
 std::string llama_kv_score_names();
 
+// why a token is held
+enum llama_kv_kind {
+    LLAMA_KV_KIND_SINK,
+    LLAMA_KV_KIND_PINNED,
+    LLAMA_KV_KIND_RECENT,
+    LLAMA_KV_KIND_CHOSEN, // for its score
+    LLAMA_KV_KIND_COUNT,
+};
+
+// of the token at position p, the first that holds. p1: the recent window begins there
+llama_kv_kind llama_kv_score_kind(llama_pos p, const llama_kv_depth_spans & pins, uint32_t n_sink, llama_pos p1);
+
 // choose n_evict rows of the layer to free: the lowest scores, the older token first among equals
 // tokens before n_sink, the last n_recent ones and pinned ones are safe
 // fewer rows are returned if there is not enough to choose from

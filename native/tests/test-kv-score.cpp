@@ -19,6 +19,27 @@ static llama_kv_depth_cells make_cells(uint32_t n) {
     return cells;
 }
 
+// the first reason that holds
+static void test_kind() {
+    llama_kv_depth_spans pins;
+
+    CHECK(llama_kv_score_kind(0, pins, 4, 100) == LLAMA_KV_KIND_SINK);
+    CHECK(llama_kv_score_kind(4, pins, 4, 100) == LLAMA_KV_KIND_CHOSEN);
+
+    pins.add(2, 8);
+    pins.add(98, 102);
+
+    CHECK(llama_kv_score_kind(  3, pins, 4, 100) == LLAMA_KV_KIND_SINK);
+    CHECK(llama_kv_score_kind(  4, pins, 4, 100) == LLAMA_KV_KIND_PINNED);
+    CHECK(llama_kv_score_kind(  8, pins, 4, 100) == LLAMA_KV_KIND_CHOSEN);
+    CHECK(llama_kv_score_kind( 99, pins, 4, 100) == LLAMA_KV_KIND_PINNED);
+    CHECK(llama_kv_score_kind(101, pins, 4, 100) == LLAMA_KV_KIND_PINNED);
+    CHECK(llama_kv_score_kind(102, pins, 4, 100) == LLAMA_KV_KIND_RECENT);
+
+    // all of a short text is recent
+    CHECK(llama_kv_score_kind(10, pins, 4, -20) == LLAMA_KV_KIND_RECENT);
+}
+
 // sinks, the recent window and pinned tokens are safe, the lowest scores go, the older one first among equals
 static void test_select() {
     std::mt19937 rng(42);
@@ -159,6 +180,7 @@ static void test_controls() {
 }
 
 int main() {
+    test_kind();
     test_select();
     test_attention();
     test_window();

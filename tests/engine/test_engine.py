@@ -95,6 +95,20 @@ def test_sinks_and_recent_tokens_can_be_chosen(load, tokens):
         assert set(range(20)) | set(range(350, 450)) <= set(llama.kv_positions(i))
 
 
+def test_a_layer_says_why_it_holds_its_tokens(load, tokens):
+    llama = load(n_ctx=512, kv_budget=0.5, n_sink=4, n_recent=32)
+    llama.pin(20, 30)
+    prefill(llama, tokens[:400])
+    for layer in llama.kv_stats().layers:
+        assert layer.evicted > 0
+        assert (layer.sinks, layer.pinned, layer.recent) == (4, 10, 32)
+        assert layer.chosen == layer.used - 46 > 0
+    stock = load(n_ctx=512)
+    prefill(stock, tokens[:100])
+    layers = stock.kv_stats().layers
+    assert all((each.sinks, each.pinned, each.recent, each.chosen) == (0, 0, 0, each.used) for each in layers)
+
+
 def test_pinned_tokens_stay(load, tokens):
     llama = load(kv_budget=0.5, scorer="streaming")
     llama.eval(tokens[:100])

@@ -47,12 +47,12 @@ def test_no_token_is_read_twice(tmp_path):
 
 
 @pytest.mark.parametrize("n", [700, 4000, 50_000])
-def test_more_windows_leave_the_held_out_ones_alone(tmp_path, n):
+def test_more_windows_and_other_seeds_leave_the_held_out_ones_alone(tmp_path, n):
     files = [write(tmp_path / "a.txt", n), write(tmp_path / "b.txt", n - 1, 70_000)]
     held_out = build(files).held_out
     for n_windows in (1, 2, 5, 9):
         corpus = build(files, n_windows=n_windows)
-        assert corpus.held_out == held_out
+        assert corpus.held_out == held_out == build(files, n_windows=n_windows, seed=7).held_out
         tokens = [token for w in (*corpus.windows, *corpus.held_out) for token in w.tokens]
         assert len(tokens) == len(set(tokens)) == 100 * (n_windows + 2)
 

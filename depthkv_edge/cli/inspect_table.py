@@ -62,7 +62,8 @@ def _origin(calibration: Calibration) -> str:
     parts = [method, f"by {calibration.tool}" if calibration.tool else ""]
     if calibration.windows:
         of = f" of {calibration.window_tokens} tokens" if calibration.window_tokens else ""
-        parts.insert(1, f"{calibration.windows} window{'s' * (calibration.windows > 1)}{of}")
+        ask = f" and {calibration.recall_windows} that ask" if calibration.recall_windows else ""
+        parts.insert(1, f"{calibration.windows} window{'s' * (calibration.windows > 1)}{ask}{of}")
     return ", ".join(filter(None, parts)) or "the file does not say how"
 
 

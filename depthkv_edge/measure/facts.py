@@ -87,6 +87,7 @@ def model_facts(path: Path) -> dict[str, Any]:
         else {
             "method": calibration.method,
             "corpus": calibration.corpus,
+            "recall_windows": calibration.recall_windows,
             "stability": _known(calibration.stability),
             "gain": _known(calibration.gain),
         },

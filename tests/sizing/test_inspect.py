@@ -199,6 +199,12 @@ def test_context_of_the_file(tmp_path, n_ctx):
     assert found(path, "-c", 512)["n_ctx"] == 512
 
 
+def test_windows_that_ask_are_counted_apart(tmp_path):
+    path = write_llama(tmp_path / "m.gguf")
+    write_calibrated(path, path, make_calibration(2, windows=1, recall_windows=2, window_tokens=2048))
+    assert "1 window and 2 that ask of 2048 tokens" in dict(fact_rows(inspect_model(path)))["calibration"]
+
+
 def test_facts_that_a_file_lacks(tmp_path):
     path = write_llama(tmp_path / "m.gguf")
     nothing = {"model": "", "corpus": "", "windows": 0, "window_tokens": 0, "method": "", "tool": ""}

@@ -129,7 +129,7 @@ def test_commands(run, tmp_path):
     said = outcome.err
     assert re.search(r"tokens +\d+ so far, \d+ in the context, \d+ at the front pinned", said)
     assert re.search(r"held +100%, 100%, 100%, 100% of the four quarters", said)
-    columns = r"^ +29 +256 +\d+ +0 +[1-9]\d* +[1-9]\d* +100% +100% +100% +100%"
+    columns = r"^ +29 +256 +\d+ +0 +[1-9]\d* +\d+ +100% +100% +100% +100%"
     assert re.search(columns, said, re.MULTILINE), "a row for each layer, with what is pinned and chosen"
     assert "2 messages saved" in said and "forgotten" in said
     assert said.count("2 messages read") == 2, "/load, and /system with a conversation to read again"

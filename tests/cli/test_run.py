@@ -23,7 +23,8 @@ def check_schema(result: dict) -> None:
     assert list(result["timings"]) == ["prefill_tps", "decode_tps"]
     assert isinstance(result["text"], str)
     for layer in result["kv"]["layers"]:
-        assert list(layer) == ["layer", "cells", "used", "evicted"]
+        assert list(layer) == ["layer", "cells", "used", "evicted", "sinks", "pinned", "recent", "chosen"]
+        assert layer["used"] == layer["sinks"] + layer["pinned"] + layer["recent"] + layer["chosen"]
         assert all(type(value) is int and value >= 0 for value in layer.values())
     for name in ("tokens_prompt", "tokens_generated", "peak_rss_bytes"):
         assert type(result[name]) is int and result[name] > 0

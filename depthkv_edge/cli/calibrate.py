@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from depthkv_edge.checks import check_number
 from depthkv_edge.cli.options import FILE, check_positive, list_rules
 from depthkv_edge.cli.streams import echo_json
 from depthkv_edge.errors import DepthKVError
@@ -89,6 +90,7 @@ def calibrate(
         raise DepthKVError("no model is named: give a Hugging Face directory, the path of a .gguf file, or smollm2")
     keep_ratios = _parse_ratios(ratios)
     check_positive(("--windows", windows), ("--window-tokens", window_tokens))
+    check_number("--recall", recall)
     for package in _PACKAGES:
         if find_spec(package) is None:
             raise DepthKVError(f"calibration needs {package}, which is not installed: run `{_INSTALL}`")

@@ -14,7 +14,7 @@ from depthkv_edge.errors import DepthKVError
 llama_cpp = library.import_bindings()
 _api = llama_cpp.llama_cpp  # the module that mirrors llama.h, and owns the library handle
 
-VERSION = 7  # LLAMA_DEPTHKV_VERSION
+VERSION = 8  # LLAMA_DEPTHKV_VERSION
 
 
 class llama_depthkv_rule(ctypes.Structure):
@@ -195,6 +195,13 @@ llama_depthkv_seq_rollback = _bind("llama_depthkv_seq_rollback", [_context_p, _s
 # pinning
 llama_depthkv_pin = _bind("llama_depthkv_pin", [_context_p, _seq_id, _pos, _pos], ctypes.c_bool)
 llama_depthkv_unpin = _bind("llama_depthkv_unpin", [_context_p, _seq_id], None)
+
+# evicting
+llama_depthkv_seq_keep = _bind(
+    "llama_depthkv_seq_keep",
+    [_context_p, ctypes.c_int32, _seq_id, ctypes.POINTER(_pos), ctypes.c_int32],
+    ctypes.c_bool,
+)
 
 # allocation
 llama_depthkv_alloc = _bind(

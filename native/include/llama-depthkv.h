@@ -22,7 +22,7 @@ extern "C" {
 #endif
 
 // changes whenever a struct or a function below does
-#define LLAMA_DEPTHKV_VERSION 7
+#define LLAMA_DEPTHKV_VERSION 8
 
 // the version that the library was built with: structs are passed by value, so check it before anything else
 LLAMA_API int32_t llama_depthkv_version(void);
@@ -223,6 +223,20 @@ LLAMA_API llama_pos llama_depthkv_seq_rollback(struct llama_context * ctx, llama
 // false if the pinned tokens would leave no room for the recent window and one ubatch
 LLAMA_API bool llama_depthkv_pin  (struct llama_context * ctx, llama_seq_id seq_id, llama_pos p0, llama_pos p1);
 LLAMA_API void llama_depthkv_unpin(struct llama_context * ctx, llama_seq_id seq_id);
+
+//
+// evicting
+//
+
+// layer i evicts what it holds of the sequence but for pos [n], what is pinned and the last token
+// to measure what a layer loses, or to choose by a rule of one's own between two calls of llama_decode()
+// false, and nothing is changed, on failure: without a budget no layer can
+LLAMA_API bool llama_depthkv_seq_keep(
+        struct llama_context * ctx,
+        int32_t                i,
+        llama_seq_id           seq_id,
+        const llama_pos      * pos,
+        int32_t                n);
 
 //
 // allocation (pure)

@@ -342,3 +342,33 @@ void llama_depthkv_unpin(llama_context * ctx, llama_seq_id seq_id) {
         }
     }
 }
+
+//
+// evicting
+//
+
+bool llama_depthkv_seq_keep(llama_context * ctx, int32_t i, llama_seq_id seq_id, const llama_pos * pos, int32_t n) {
+    return llama_depthkv_try(false, [&]() {
+        llama_depthkv_check_ptr(ctx);
+
+        llama_depthkv_check_seq(ctx, seq_id);
+
+        if (n > 0) {
+            llama_depthkv_check_ptr(pos, "pos");
+        }
+
+        auto * kv = llama_depthkv_get_cache(ctx);
+        if (!kv) {
+            throw std::runtime_error("a layer cannot evict: the context has no depth KV cache");
+        }
+
+        llama_depthkv_check_layer(i, kv->get_layers().size());
+
+        std::vector<llama_pos> keep(pos, pos + std::max(n, 0));
+        std::sort(keep.begin(), keep.end());
+
+        kv->evict_except(i, seq_id, keep);
+
+        return true;
+    });
+}

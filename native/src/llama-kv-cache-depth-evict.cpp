@@ -62,6 +62,28 @@ ggml_status llama_kv_cache_depth::evict(kv_layer & layer, uint32_t strm, uint32_
     return GGML_STATUS_SUCCESS;
 }
 
+void llama_kv_cache_depth::evict_except(uint32_t i, llama_seq_id seq_id, const std::vector<llama_pos> & pos) {
+    auto & cells = layers[i].cells[seq_id];
+
+    const auto & stream = streams[seq_id];
+
+    const llama_pos p_last = stream.tokens.pos_max();
+
+    for (uint32_t j = cells.used_max_p1(); j-- > 0; ) {
+        if (cells.is_empty(j)) {
+            continue;
+        }
+
+        const llama_pos p = cells.pos_get(j);
+
+        if (p != p_last && !stream.pins.has(p) && !std::binary_search(pos.begin(), pos.end(), p)) {
+            cells.evict(j, p_last);
+
+            stat.n_evict++;
+        }
+    }
+}
+
 std::array<uint32_t, LLAMA_KV_KIND_COUNT> llama_kv_cache_depth::count_kinds(const kv_layer & layer, uint32_t strm) const {
     const auto & cells = layer.cells[strm];
 

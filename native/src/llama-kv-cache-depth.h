@@ -157,6 +157,9 @@ public:
     void seq_pin  (llama_seq_id seq_id, llama_pos p0, llama_pos p1);
     void seq_unpin(llama_seq_id seq_id);
 
+    // see llama_depthkv_seq_keep(). pos: ascending
+    void evict_except(uint32_t i, llama_seq_id seq_id, const std::vector<llama_pos> & pos);
+
     // bring every layer to hold the ubatch: evict where there is no room, then place the tokens
     // n_room [n_stream]: tokens of the sequences that evict at once, so that all of them can be taken back
     // after a failure nothing has been placed

@@ -515,6 +515,61 @@ static void test_pins() {
 }
 
 // after a division positions share cells. the safe ones still leave room for the tokens to come
+static void test_seq_keep() {
+    const auto tokens = make_tokens(160, 11);
+
+    auto ctx = make_context(2, 0.0f, 256);
+
+    feed(ctx.get(), 0, tokens, 0, 128);
+    feed(ctx.get(), 1, tokens, 0, 128);
+    CHECK(llama_depthkv_pin(ctx.get(), 0, 60, 62));
+
+    // all that it holds: nothing happens
+    auto all = positions(ctx.get(), 1, 0);
+    CHECK(all.size() == 128);
+    CHECK(llama_depthkv_seq_keep(ctx.get(), 1, 0, all.data(), all.size()));
+    CHECK(positions(ctx.get(), 1, 0) == all);
+    CHECK(llama_depthkv_seq_pos_rollback(ctx.get(), 0, 100) == 100);
+
+    // in any order, one that is not there among them
+    const std::vector<llama_pos> keep = { 3, 1000, 0, 90 };
+    CHECK(llama_depthkv_seq_keep(ctx.get(), 1, 0, keep.data(), keep.size()));
+    CHECK(positions(ctx.get(), 1, 0) == (std::vector<llama_pos> { 0, 3, 60, 61, 90, 127 }));
+
+    llama_depthkv_layer layer;
+    CHECK(llama_depthkv_get_layer(ctx.get(), 1, 0, &layer));
+    CHECK(layer.used == 6 && layer.evicted == 122);
+
+    // that layer of that sequence alone
+    CHECK(positions(ctx.get(), 0, 0) == all);
+    CHECK(positions(ctx.get(), 1, 1) == all);
+
+    // what is gone is gone
+    CHECK(llama_depthkv_seq_pos_rollback(ctx.get(), 0, 100) == 1);
+    CHECK(!llama_memory_seq_rm(llama_get_memory(ctx.get()), 0, 100, -1));
+
+    // it goes on with what is left, as one that is restored does
+    auto copy = make_context(2, 0.0f, 256);
+    std::vector<uint8_t> state(llama_state_seq_get_size(ctx.get(), 0));
+    CHECK(llama_state_seq_get_data(ctx.get(), state.data(), state.size(), 0) == state.size());
+    CHECK(llama_state_seq_set_data(copy.get(), state.data(), state.size(), 0) == state.size());
+
+    const auto kept  = feed(ctx.get(),  0, tokens, 128, 160);
+    const auto other = feed(ctx.get(),  1, tokens, 128, 160);
+    CHECK(feed(copy.get(), 0, tokens, 128, 160) == kept);
+    CHECK(nmse(kept, other) > 1e-6);
+    CHECK(positions(ctx.get(), 1, 0).size() == 6 + 32);
+
+    // nothing but the last one and the pinned
+    CHECK(llama_depthkv_seq_keep(ctx.get(), 0, 0, nullptr, 0));
+    CHECK(positions(ctx.get(), 0, 0) == (std::vector<llama_pos> { 60, 61, 159 }));
+
+    llama_memory_clear(llama_get_memory(ctx.get()), true);
+    CHECK(llama_depthkv_seq_keep(ctx.get(), 0, 0, nullptr, 0));
+    feed(ctx.get(), 0, tokens, 0, 128);
+    CHECK(feed(ctx.get(), 0, tokens, 128, 160) == other);
+}
+
 static void test_div() {
     auto ctx = make_context(1, 0.5f);
 
@@ -755,11 +810,13 @@ static void test_bad_calls() {
         for (const int i : { -1, n_layers, INT32_MAX, INT32_MIN }) {
             expect(llama_depthkv_get_layer(c, i, 0, &l), "layer index");
             expect(llama_depthkv_get_positions(c, i, 0, p, 4) >= 0, "layer index");
+            expect(llama_depthkv_seq_keep(c, i, 0, p, 0), c == ctx.get() ? "layer index" : "no depth KV cache");
         }
         for (const int seq : { -1, 2, INT32_MAX, INT32_MIN }) {
             expect(llama_depthkv_get_layer(c, 0, seq, &l), "sequence");
             expect(llama_depthkv_get_positions(c, 0, seq, p, 4) >= 0, "sequence");
             expect(llama_depthkv_pin(c, seq, 0, 4), "sequence");
+            expect(llama_depthkv_seq_keep(c, 0, seq, p, 0), "sequence");
             expect(llama_depthkv_seq_pos_rollback(c, seq, 0) >= 0, "sequence");
             expect(llama_depthkv_seq_rollback(c, seq, 0) >= 0, "sequence");
             llama_depthkv_unpin(c, seq);
@@ -771,6 +828,7 @@ static void test_bad_calls() {
         expect(llama_depthkv_get_stats(c, nullptr), "stats is NULL");
         expect(llama_depthkv_get_positions(c, 0, 0, nullptr, 4) >= 0, "pos is NULL");
         CHECK(llama_depthkv_get_positions(c, 0, 0, nullptr, 0) == 0);
+        expect(llama_depthkv_seq_keep(c, 0, 0, nullptr, 4), "pos is NULL");
     }
 
     expect(llama_depthkv_layer_id(model, n_layers) >= 0, "layer index");
@@ -779,6 +837,7 @@ static void test_bad_calls() {
     expect(llama_depthkv_get_stats(nullptr, &s), "NULL");
     expect(llama_depthkv_get_positions(nullptr, 0, 0, p, 4) >= 0, "NULL");
     expect(llama_depthkv_pin(nullptr, 0, 0, 4), "NULL");
+    expect(llama_depthkv_seq_keep(nullptr, 0, 0, p, 0), "NULL");
     expect(llama_depthkv_seq_pos_rollback(nullptr, 0, 0) >= 0, "NULL");
     expect(llama_depthkv_seq_rollback(nullptr, 0, 0) >= 0, "NULL");
     llama_depthkv_unpin(nullptr, 0);
@@ -909,6 +968,7 @@ int main(int argc, char ** argv) {
     test_shift(GGML_TYPE_Q8_0, true,  1e-3);
     test_state();
     test_pins();
+    test_seq_keep();
     test_bounded();
     test_bad_plans();
     test_div();

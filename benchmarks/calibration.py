@@ -24,11 +24,11 @@ from scipy.stats import spearmanr
 from depthkv_edge.calibrate.calibrate import read_corpus
 from depthkv_edge.calibrate.calibrate_settings import CalibrateSettings
 from depthkv_edge.calibrate.load import find_source
+from depthkv_edge.engine.model import Cache, load_model
 from depthkv_edge.measure.progress import progress
+from depthkv_edge.modelfile.f32 import write_f32
 from depthkv_edge.modelfile.keys import Calibration, read_calibration
-from depthkv_edge.quality.f32 import write_f32
 from depthkv_edge.quality.language import run_window
-from depthkv_edge.quality.model import Cache, load_model
 from depthkv_edge.quality.rows import FULL, Row
 
 ABLATION_RATIO = 0.2

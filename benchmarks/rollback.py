@@ -21,12 +21,12 @@ import click
 import numpy as np
 
 from depthkv_edge.engine import capi
+from depthkv_edge.engine.model import Cache, Model, api, decode, load_model, log_softmax, open_context
 from depthkv_edge.errors import DepthKVError
 from depthkv_edge.measure.facts import engine_facts, machine_facts
 from depthkv_edge.measure.progress import progress
 from depthkv_edge.modelfile.packaged import resolve_model
 from depthkv_edge.quality.metrics.interval import interval
-from depthkv_edge.quality.model import Cache, Model, api, decode, load_model, log_softmax, open_context
 from depthkv_edge.quality.texts import default_texts, read_texts, windows
 
 SHARES = (0.01, 0.1, 0.25, 0.5, 0.75, 0.9)  # edges of the table's rows

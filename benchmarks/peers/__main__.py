@@ -19,12 +19,12 @@ from benchmarks.peers.plan import FACTS, KVPRESS_STORE, ONCE, OURS_STORE, Plan
 from benchmarks.peers.table import build_report, print_report
 from depthkv_edge import __version__
 from depthkv_edge.checks import default_threads
+from depthkv_edge.engine.model import Model, load_model
 from depthkv_edge.errors import DepthKVError
 from depthkv_edge.measure.facts import engine_facts, machine_facts, model_facts
+from depthkv_edge.modelfile.f32 import write_f32
 from depthkv_edge.modelfile.keys import Calibration, read_calibration
 from depthkv_edge.modelfile.packaged import resolve_model
-from depthkv_edge.quality.f32 import write_f32
-from depthkv_edge.quality.model import Model, load_model
 from depthkv_edge.quality.rows import FULL, Row, kv_bytes
 from depthkv_edge.quality.store import Store, digest
 from depthkv_edge.quality.texts import read_texts

@@ -10,11 +10,11 @@ import torch
 
 from benchmarks.peers.plan import BOUNDED, FULL, Item, Plan, Retrieval, Window, record_key
 from benchmarks.peers.score import ask, score_tail
+from depthkv_edge.engine.model import Model
+from depthkv_edge.engine.stream import Stream
 from depthkv_edge.measure.progress import LongWork
-from depthkv_edge.quality.model import Model
 from depthkv_edge.quality.rows import Row, build_rows
 from depthkv_edge.quality.store import Record, Store
-from depthkv_edge.quality.stream import Stream
 
 METHODS = ("depth", "uniform", "streaming")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from benchmarks.peers.plan import Question, Retrieval, Window
-from depthkv_edge.quality.model import Model
+from depthkv_edge.engine.model import Model
 from depthkv_edge.quality.tasks import retrieval
 from depthkv_edge.quality.texts import Text, windows
 

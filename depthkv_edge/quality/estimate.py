@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from statistics import median
 
-from depthkv_edge.quality.model import Model
+from depthkv_edge.engine.model import Model
 from depthkv_edge.quality.rows import FULL, Row
 from depthkv_edge.quality.texts import Text
 

@@ -2,28 +2,26 @@
 
 from __future__ import annotations
 
-import contextlib
-import signal
-import threading
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Protocol
 
 from depthkv_edge.assets import cache_dir
-from depthkv_edge.errors import DepthKVError, Stopped
+from depthkv_edge.engine.model import Model, load_model
+from depthkv_edge.errors import DepthKVError
+from depthkv_edge.measure.interrupt import interruptible
 from depthkv_edge.measure.progress import duration
+from depthkv_edge.modelfile.f32 import write_f32
 from depthkv_edge.quality.estimate import tokens_per_second
 from depthkv_edge.quality.eval_settings import LANGUAGE, EvalSettings
 from depthkv_edge.quality.eval_table import metrics_line
-from depthkv_edge.quality.f32 import write_f32
 from depthkv_edge.quality.language import open_window
 from depthkv_edge.quality.metrics.decode import decode_speed
 from depthkv_edge.quality.metrics.kl import WindowId, kl
 from depthkv_edge.quality.metrics.perplexity import perplexity
 from depthkv_edge.quality.metrics.prefill import prefill_speed
 from depthkv_edge.quality.metrics.top1 import top1
-from depthkv_edge.quality.model import Model, load_model
 from depthkv_edge.quality.report import Report, RowResult
 from depthkv_edge.quality.rows import Row, build_rows, kv_bytes
 from depthkv_edge.quality.store import Record, Store
@@ -61,7 +59,7 @@ def evaluate(settings: EvalSettings, watcher: Watcher, command: str) -> Report:
         DepthKVError: a text is too short, the engine refuses a row, a task does not fit the context, the disk is full.
     """
     started = time.perf_counter()
-    with load_model(_weights(settings), settings.n_threads) as model, _interruptible(model.stopping):
+    with load_model(_weights(settings), settings.n_threads) as model, interruptible(model.stopping):
         rows = build_rows(model, settings.model, settings.methods, settings.budgets, settings.n_ctx, settings.seed)
         names = [name for name in settings.tasks if name != LANGUAGE]
         tasks = build_tasks(
@@ -76,33 +74,6 @@ def evaluate(settings: EvalSettings, watcher: Watcher, command: str) -> Report:
         evaluation = _Evaluation(settings, model, rows, tasks, watcher)
         results = evaluation.run()
         return Report(command, settings, results, time.perf_counter() - started, evaluation.keys())
-
-
-@contextlib.contextmanager
-def _interruptible(stopping: threading.Event) -> Iterator[None]:
-    """Let Ctrl-C stop the next decode: raised at once, it may be lost in llama.cpp's log callback.
-
-    A second one is raised at once.
-    """
-
-    def stop(signum: int, frame: object) -> None:
-        if stopping.is_set():
-            raise KeyboardInterrupt
-        stopping.set()
-
-    if threading.current_thread() is not threading.main_thread():  # which alone can handle signals
-        yield
-        return
-    previous = signal.signal(signal.SIGINT, stop)
-    try:
-        yield
-        interrupted = stopping.is_set()
-    except Stopped:
-        interrupted = True
-    finally:
-        signal.signal(signal.SIGINT, previous)
-    if interrupted:
-        raise KeyboardInterrupt
 
 
 def forget(settings: EvalSettings, reported: Collection[str] | None = None) -> None:

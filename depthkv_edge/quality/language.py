@@ -14,11 +14,11 @@ from pathlib import Path
 
 import numpy as np
 
+from depthkv_edge.engine.model import Model
+from depthkv_edge.engine.stream import Occupancy, Stream, StreamState
 from depthkv_edge.errors import DepthKVError
-from depthkv_edge.quality.model import Model
 from depthkv_edge.quality.rows import Row
 from depthkv_edge.quality.store import Record
-from depthkv_edge.quality.stream import Occupancy, Stream, StreamState
 
 N_DECODE = 32  # tokens at the end of a window that are decoded one at a time
 N_BINS = 64  # parts of the positions that occupancy is reported for

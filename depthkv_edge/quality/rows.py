@@ -9,10 +9,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from depthkv_edge.engine.context import plan_context
+from depthkv_edge.engine.model import KV_TYPES, Cache, Model, options
+from depthkv_edge.engine.stream import Stream
 from depthkv_edge.errors import DepthKVError
 from depthkv_edge.modelfile.keys import read_calibration
-from depthkv_edge.quality.model import KV_TYPES, Cache, Model, options
-from depthkv_edge.quality.stream import Stream, open_stream
+from depthkv_edge.quality.bounded import open_stream
 
 METHODS = {
     "depth": "layers sized by calibrated sensitivity, the model's scorer",
@@ -50,7 +51,7 @@ class Row:
         method: as given on the command line, or FULL or NOISE.
         budget: share of the full F16 cache's cells; None where it does not apply.
         cache: of the context.
-        when_full: see `depthkv_edge.quality.stream.STREAMS`.
+        when_full: see `depthkv_edge.quality.bounded.STREAMS`.
         n_cells: of a stock cache smaller than the context.
     """
 

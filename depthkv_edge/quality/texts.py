@@ -16,8 +16,8 @@ from pathlib import Path
 from types import ModuleType
 
 from depthkv_edge.assets import KJV, fetch
+from depthkv_edge.engine.model import Model
 from depthkv_edge.errors import DepthKVError
-from depthkv_edge.quality.model import Model
 
 _FIRST_SAMUEL = "Now there was a certain man of Ramathaim-zophim"  # narrative from here on, no lists of names
 

@@ -36,11 +36,11 @@ from depthkv_edge.calibrate.attention import AttentionCall, attend, observe
 from depthkv_edge.calibrate.scorers import mass_of
 from depthkv_edge.calibrate.target import inspect_model
 from depthkv_edge.calibrate.window import _attention_of
+from depthkv_edge.engine.model import Model, load_model
 from depthkv_edge.engine.rules import N_RECENT, N_SINK
 from depthkv_edge.engine.sim import simulate
 from depthkv_edge.errors import DepthKVError
 from depthkv_edge.modelfile.keys import Calibration
-from depthkv_edge.quality.model import Model, load_model
 from depthkv_edge.quality.store import Store
 from depthkv_edge.quality.texts import Text
 

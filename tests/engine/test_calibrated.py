@@ -14,11 +14,11 @@ from support.tiny import write_llama
 
 from depthkv_edge import DepthKVError
 from depthkv_edge.engine.context import Options, load_without_weights, plan_context
+from depthkv_edge.engine.model import load_model
 from depthkv_edge.engine.stats import KVStats
+from depthkv_edge.modelfile.f32 import write_f32
 from depthkv_edge.modelfile.keys import to_keys
-from depthkv_edge.quality.f32 import write_f32
 from depthkv_edge.quality.language import run_window
-from depthkv_edge.quality.model import load_model
 from depthkv_edge.quality.rows import build_rows
 
 N_CTX = 3072  # 96 steps of 32 cells in each layer

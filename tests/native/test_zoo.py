@@ -8,8 +8,8 @@ from benchmarks.zoo.check import check_shape, refused
 from benchmarks.zoo.page import PAGE, TOP, refusals, row
 from benchmarks.zoo.shapes import SHAPES, Shape
 from benchmarks.zoo.write import write_model
+from depthkv_edge.engine.model import Cache, decode, load_model, open_context
 from depthkv_edge.engine.stats import read_stats
-from depthkv_edge.quality.model import Cache, decode, load_model, open_context
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: shape.name.replace(" ", "-"))

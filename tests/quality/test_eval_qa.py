@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from depthkv_edge import DepthKVError
+from depthkv_edge.engine.model import Cache, load_model
 from depthkv_edge.quality.metrics.answers import answers, exact, f1
-from depthkv_edge.quality.model import Cache, load_model
 from depthkv_edge.quality.questions import Asked, QAPassage, QuestionSet, read_questions
 from depthkv_edge.quality.rows import FULL, Row
 from depthkv_edge.quality.tasks import build_tasks, qa

@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from depthkv_edge import DepthKVError
-from depthkv_edge.quality.model import Cache, Model, load_model, log_softmax
+from depthkv_edge.engine.model import Cache, Model, load_model, log_softmax
+from depthkv_edge.quality.bounded import open_stream
 from depthkv_edge.quality.rows import METHODS, build_rows, check_budgets, check_methods, kv_bytes
 from depthkv_edge.quality.store import Store
-from depthkv_edge.quality.stream import open_stream
 
 N_CTX = 512
 

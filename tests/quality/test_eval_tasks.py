@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from depthkv_edge import DepthKVError
-from depthkv_edge.quality.model import Cache, Model, load_model
+from depthkv_edge.engine.model import Cache, Model, load_model
 from depthkv_edge.quality.rows import FULL, Row
 from depthkv_edge.quality.tasks import TASKS, build_tasks, greedy, instruction, retrieval, summary, variables, words
 from depthkv_edge.quality.tasks.generate import generate

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from depthkv_edge.engine.model import load_model
 from depthkv_edge.quality.language import run_window
 from depthkv_edge.quality.metrics.kl import kl
 from depthkv_edge.quality.metrics.top1 import top1
-from depthkv_edge.quality.model import load_model
 from depthkv_edge.quality.rows import build_rows
 
 N_CTX = 512

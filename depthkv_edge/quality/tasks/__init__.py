@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from depthkv_edge.engine.model import Model
 from depthkv_edge.errors import DepthKVError
-from depthkv_edge.quality.model import Model
 from depthkv_edge.quality.questions import QuestionSet
 from depthkv_edge.quality.tasks import greedy, instruction, qa, retrieval, summary, variables, words
 from depthkv_edge.quality.tasks.task import Task

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Protocol
 
-from depthkv_edge.quality.model import Model
+from depthkv_edge.engine.model import Model
+from depthkv_edge.engine.stream import Stream
 from depthkv_edge.quality.rows import Row
 from depthkv_edge.quality.store import Record
-from depthkv_edge.quality.stream import Stream
 from depthkv_edge.quality.tasks.task import DECODE_COST
 
 

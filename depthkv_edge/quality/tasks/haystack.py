@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 
-from depthkv_edge.quality.model import Model
+from depthkv_edge.engine.model import Model
 from depthkv_edge.quality.tasks.reading import Passage, Question
 from depthkv_edge.quality.tasks.task import check_room
 from depthkv_edge.quality.texts import Text, excerpt

@@ -10,8 +10,8 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from depthkv_edge.engine.model import Model
 from depthkv_edge.errors import DepthKVError
-from depthkv_edge.quality.model import Model
 from depthkv_edge.quality.rows import Row
 from depthkv_edge.quality.store import Record
 from depthkv_edge.quality.tasks.prompt import follow, frame

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from jinja2 import TemplateError
 
 from depthkv_edge.engine.capi import llama_cpp
+from depthkv_edge.engine.model import Model, api
 from depthkv_edge.errors import DepthKVError
-from depthkv_edge.quality.model import Model, api
 
 _DOCUMENT = "<<document>>"  # where the document goes, in a rendered template
 

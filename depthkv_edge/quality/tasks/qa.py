@@ -11,11 +11,11 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from depthkv_edge.engine.model import Model
 from depthkv_edge.errors import DepthKVError
 from depthkv_edge.quality.metrics.answers import answers as answers_metric
 from depthkv_edge.quality.metrics.answers import exact, f1
 from depthkv_edge.quality.metrics.log_prob import answer_log_prob
-from depthkv_edge.quality.model import Model
 from depthkv_edge.quality.questions import Asked, QAPassage, QuestionSet
 from depthkv_edge.quality.rows import Row
 from depthkv_edge.quality.store import Record

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from depthkv_edge.engine.model import Model
+from depthkv_edge.engine.stream import Stream
 from depthkv_edge.quality.metrics.log_prob import answer_log_prob, log_prob
-from depthkv_edge.quality.model import Model
 from depthkv_edge.quality.rows import Row
 from depthkv_edge.quality.store import Record
-from depthkv_edge.quality.stream import Stream
 
 
 @dataclass(frozen=True)

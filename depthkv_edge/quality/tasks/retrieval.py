@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 
-from depthkv_edge.quality.model import Model
+from depthkv_edge.engine.model import Model
 from depthkv_edge.quality.tasks.haystack import hide
 from depthkv_edge.quality.tasks.prompt import follow
 from depthkv_edge.quality.tasks.reading import Passage, Question, Reading

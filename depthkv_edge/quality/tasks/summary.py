@@ -8,8 +8,8 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 
+from depthkv_edge.engine.model import Model
 from depthkv_edge.quality.metrics.rouge import rouge
-from depthkv_edge.quality.model import Model
 from depthkv_edge.quality.store import Record
 from depthkv_edge.quality.tasks.generate import Generation
 from depthkv_edge.quality.tasks.prompt import frame

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Protocol
 
+from depthkv_edge.engine.model import Model
 from depthkv_edge.errors import DepthKVError
-from depthkv_edge.quality.model import Model
 from depthkv_edge.quality.rows import Row
 from depthkv_edge.quality.store import Record
 

@@ -11,7 +11,7 @@ import random
 from collections.abc import Sequence
 from itertools import chain, cycle
 
-from depthkv_edge.quality.model import Model
+from depthkv_edge.engine.model import Model
 from depthkv_edge.quality.tasks.prompt import follow
 from depthkv_edge.quality.tasks.reading import Passage, Question, Reading
 from depthkv_edge.quality.tasks.task import check_room

@@ -44,7 +44,7 @@ def fact_rows(inspection: Inspection) -> list[tuple[str, str]]:
 def _calibration_rows(inspection: Inspection) -> list[tuple[str, str]]:
     calibration = inspection.calibration
     if calibration is None:
-        how = f"depthkv-edge calibrate HF_MODEL --gguf {inspection.model} -o {inspection.model.stem}-depthkv.gguf"
+        how = f"depthkv-edge calibrate {inspection.model} -o {inspection.model.stem}-depthkv.gguf"
         return [("calibration", f"no calibration: allocation is uniform; to calibrate, run `{how}`")]
     safe = f"{calibration.sink_tokens} sink and {calibration.recent_tokens} recent tokens"
     rows = [("calibration", _origin(calibration))]
@@ -86,12 +86,13 @@ def _layer_table(inspection: Inspection) -> Table:
     if calibration is not None:
         table.add_column(f"KL at {calibration.keep_ratios[0]:.3g}, nats", justify="right", no_wrap=True)
         table.add_column("mean KL", justify="right", no_wrap=True)
-    for name in ("keep", "cells", "MiB"):
+    for name in ("keep", "cells", "chosen", "MiB"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("", no_wrap=True)
     for layer in inspection.kv.layers:
         share = layer.cells / inspection.n_ctx
-        cells = [str(layer.layer), f"{share:.2f}", str(layer.cells), f"{layer.bytes / 2**20:.2f}"]
+        chosen = "-" if layer.cells >= inspection.n_ctx else str(inspection.chosen(layer))
+        cells = [str(layer.layer), f"{share:.2f}", str(layer.cells), chosen, f"{layer.bytes / 2**20:.2f}"]
         if calibration is not None:
             cells[1:1] = _sensitivity(calibration, inspection.row(layer.layer))
         table.add_row(*cells, Bar(1.0, 0.0, share, width=_BAR_WIDTH))

@@ -9,6 +9,7 @@ from typing import Any
 
 from depthkv_edge.engine.budget import Budget
 from depthkv_edge.engine.context import AUTO, Options, load_without_weights, plan_context, trained_ctx
+from depthkv_edge.engine.rules import N_RECENT, N_SINK
 from depthkv_edge.engine.stats import KVStats, LayerStats
 from depthkv_edge.errors import DepthKVError
 from depthkv_edge.modelfile.keys import Calibration, read_calibration
@@ -42,6 +43,16 @@ class Inspection:
         """The same for the full cache."""
         return self.n_ctx * len(self.kv.layers)
 
+    def chosen(self, layer: LayerStats) -> int:
+        """Cells of a layer that evicts whose tokens are held for their scores, where nothing is pinned.
+
+        Of the others the model's sinks and recent tokens are held whatever they score.
+        """
+        n_safe = N_SINK + N_RECENT
+        if self.calibration is not None:
+            n_safe = self.calibration.sink_tokens + self.calibration.recent_tokens
+        return layer.cells - n_safe
+
     def row(self, layer: int) -> int | None:
         """Row of a layer's curve in `calibration.sensitivity`; None if the layer was not calibrated."""
         if self.calibration is None or layer not in self.calibration.layer_ids:
@@ -72,6 +83,7 @@ class Inspection:
         return {
             "layer": layer.layer,
             "cells": layer.cells,
+            "chosen": layer.cells if layer.cells >= self.n_ctx else self.chosen(layer),
             "keep_ratio": layer.cells / self.n_ctx,
             "bytes": layer.bytes,
             "sensitivity": calibration.sensitivity[row].tolist() if known else None,

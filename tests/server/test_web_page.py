@@ -241,6 +241,8 @@ def test_view_of_the_cache(browser, says):
     assert browser.said("fact-memory") == "30.0 MiB of 75.0 MiB (40 %) for each conversation"
     assert browser.said("fact-held") == "1 200 of 3 000 tokens in a layer on average, 1 345 cells"
     assert browser.said("fact-evicted") == "1 800 tokens in a layer on average"
+    why = "4 sinks, 296 pinned, 32 recent, 868 chosen for their scores, in a layer on average"
+    assert browser.said("fact-why") == why
     assert browser.said("fact-pinned") == "the first 300 tokens"
     assert browser.said("fact-slot") == "3 of 4"
     label = browser.run("document.getElementById('strips').getAttribute('aria-label')").replace("\u00a0", " ")
@@ -264,7 +266,8 @@ def test_view_of_the_cache(browser, says):
         "[...document.querySelectorAll('#layers tr')].map((r) => [...r.cells].map((c) => c.textContent))"
     )
     assert len(rows) == N_LAYERS
-    assert [cell.replace("\u202f", "") for cell in rows[3]] == ["3", str(CELLS + 30), "1200", "2800", "1.00"]
+    expected = ["3", str(CELLS + 30), "1200", "4", "296", "32", "868", "2800", "1.00"]
+    assert [cell.replace("\u202f", "") for cell in rows[3]] == expected
     time.sleep(0.7)
     looks = len(says.paths)
     time.sleep(0.7)
@@ -585,4 +588,6 @@ def test_other_servers(browser, says, how, monkeypatch):
     assert browser.said("cache-note") == expected[how]
     if how == "one slot":
         assert browser.said("fact-slot") == "the only one"
+    if how == "full":
+        assert browser.said("fact-why") == "all are held"
     assert browser.complaints() == []

@@ -66,6 +66,7 @@ def test_capacities_are_those_of_a_context(calibrated, load, budget):
     assert kv["budget"] == pytest.approx(expected.budget)
     assert kv["cells"] == sum(layer["cells"] for layer in kv["layers"]) <= kv["budget"] * kv["cells_full"] * (1 + 1e-6)
     assert kv["bytes"] == sum(layer["bytes"] for layer in kv["layers"])
+    assert all(layer["chosen"] == layer["cells"] - 36 for layer in kv["layers"] if layer["cells"] < 4096)
 
 
 def test_calibrated_layers(calibrated):
@@ -101,6 +102,7 @@ def test_not_calibrated(smollm2):
     assert report["kv"]["cells"] == report["kv"]["cells_full"] == 30 * 1024
     assert report["kv"]["bytes"] == report["kv"]["bytes_full"]
     assert all(layer["sensitivity"] is None for layer in report["kv"]["layers"])
+    assert all(layer["chosen"] == 1024 for layer in report["kv"]["layers"]), "nothing is evicted"
     line = next(line for line in inspect(smollm2, "-c", 1024).stdout.splitlines() if line.startswith("calibration"))
     assert "no calibration: allocation is uniform" in line and "depthkv-edge calibrate" in line
 
@@ -114,6 +116,8 @@ def test_table(calibrated):
     assert [int(row[0]) for row in rows] == list(range(30))
     assert rows[7][1:5] == ["0.04000", "±", "0.00400", "0.02333"]
     assert int(rows[7][6]) > int(rows[8][6])
+    assert all(row[7] == ("-" if int(row[6]) == 8192 else str(int(row[6]) - 36)) for row in rows)
+    assert rows[8][7] != "-"
 
 
 def test_gemma(gemma3):

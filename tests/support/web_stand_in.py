@@ -56,10 +56,9 @@ class StandIn:
         return [self._slot(i, seed if i == min(2, self.n_slots - 1) else 1000 + i) for i in range(self.n_slots)]
 
     def _slot(self, i: int, seed: int) -> dict[str, Any]:
-        layers = [
-            {"layer": k, "cells": CELLS + 10 * k, "used": CELLS, "evicted": self.n_tokens - CELLS, "bytes": 2**20}
-            for k in range(N_LAYERS)
-        ]
+        safe = {"sinks": 4, "pinned": 296, "recent": 32}
+        known = safe | {"used": CELLS, "evicted": self.n_tokens - CELLS, "bytes": 2**20}
+        layers = [known | {"layer": k, "cells": CELLS + 10 * k} for k in range(N_LAYERS)]
         kv = {"active": self.active, "budget": 0.4, "scorer": "attention", "rule": "optimal", "pinned": 300}
         kv |= {"bytes": N_LAYERS * 2**20, "bytes_full": 75 * 2**20, "layers": layers}
         kv["strips"] = [[_share(k, part) for part in range(N_PARTS)] for k in range(N_LAYERS)]

@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
-import json
 import math
-import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 
 from depthkv_edge import __version__
-from depthkv_edge.calibrate.calibrate_settings import EXACT, FAST, RECALL, CalibrateSettings
-from depthkv_edge.calibrate.corpus import Corpus, build_corpus, printable
+from depthkv_edge.calibrate.calibrate_settings import (
+    AVERAGE_SECONDS,
+    EXACT,
+    FAST,
+    N_HELD_OUT,
+    RECALL,
+    CalibrateSettings,
+    not_finite,
+)
+from depthkv_edge.calibrate.check import check
+from depthkv_edge.calibrate.corpus import Corpus, build_corpus
 from depthkv_edge.calibrate.curves import Curves, build_curves, curve_correlation, layer_correlation
-from depthkv_edge.calibrate.heldout import DEFAULT_RULE, UNIFORM, HeldOut, allocate, check
+from depthkv_edge.calibrate.heldout import DEFAULT_RULE, UNIFORM, HeldOut
+from depthkv_edge.calibrate.layer_cells import allocate
 from depthkv_edge.calibrate.load import (
     Source,
     check_config,
@@ -31,69 +36,19 @@ from depthkv_edge.calibrate.load import (
     quiet,
 )
 from depthkv_edge.calibrate.match import check_match
-from depthkv_edge.calibrate.measurement import AVERAGE_SECONDS, forget, measure, not_finite
+from depthkv_edge.calibrate.measurement import forget, measure
+from depthkv_edge.calibrate.outcome import Outcome, Say, make_calibration
 from depthkv_edge.calibrate.parallel import join_processes
 from depthkv_edge.calibrate.state import SavedState, fingerprint
 from depthkv_edge.calibrate.target import Target, inspect_model
-from depthkv_edge.engine.rules import N_RECENT, N_SINK
 from depthkv_edge.errors import DepthKVError
 from depthkv_edge.measure.progress import progress
-from depthkv_edge.modelfile.keys import CHECK_BUDGET, Calibration, read_budget
+from depthkv_edge.modelfile.keys import read_budget
 from depthkv_edge.modelfile.packaged import resolve_model
 from depthkv_edge.modelfile.writer import check_writable, write_calibrated
 
-N_HELD_OUT = 2
-
 _OUT_OF_MEMORY = re.compile(r"out of memory|can't allocate|not enough memory", re.IGNORECASE)
 
-Say = Callable[[str], None]
-
-
-@dataclass(frozen=True, eq=False)
-class Outcome:
-    """What came out.
-
-    Attributes:
-        calibration: as written.
-        held_out: the check on windows that were not measured.
-        measured: [W, L, R] nats per token, of every window of running text.
-        recall: the same of the windows that ask for hidden facts; None if there are none.
-        agreement: Spearman correlation of `fast` with `exact` over (all points, layers), if both were measured.
-        seconds: that this process spent on measuring in this run, by method: prefill and all, without the held-out
-            check, and without what an interrupted run had done.
-    """
-
-    calibration: Calibration
-    held_out: HeldOut
-    measured: np.ndarray
-    output: Path
-    agreement: tuple[float, float] | None = None
-    seconds: dict[str, float] = field(default_factory=dict)
-    recall: np.ndarray | None = None
-
-    def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        c = self.calibration
-        return {
-            "output": str(self.output),
-            "model": c.model,
-            "corpus": c.corpus,
-            "method": c.method,
-            "scorer": c.scorer,
-            "windows": c.windows,
-            "recall_windows": c.recall_windows,
-            "window_tokens": c.window_tokens,
-            "tokens": c.tokens,
-            "layer_ids": list(c.layer_ids),
-            "keep_ratios": list(c.keep_ratios),
-            "sensitivity": c.sensitivity.tolist(),
-            "sensitivity_se": c.sensitivity_se.tolist(),
-            "stability": _number(c.stability),
-            "rule": c.rule,
-            "held_out": asdict(self.held_out) | {"budget": CHECK_BUDGET, "gain": _number(self.held_out.gain)},
-            "fast_agreement": None if self.agreement is None else [_number(x) for x in self.agreement],
-            "seconds": self.seconds,
-        }
 
 
 def calibrate(
@@ -152,7 +107,7 @@ def calibrate(
     curves = build_curves(measured[method], texts, measured.get(RECALL) if settings.recall else None)
     with _memory(settings):
         held_out = _check(settings, target, corpus, curves)
-    calibration = _calibration(settings, target, corpus, curves, held_out, method, budget)
+    calibration = make_calibration(settings, target.layer_ids, corpus, curves, held_out, method, budget)
     write_calibrated(gguf, settings.output, calibration)
     outcome = Outcome(
         calibration,
@@ -207,11 +162,12 @@ def _check(settings: CalibrateSettings, target: Target, corpus: Corpus, curves: 
     uniform = allocate(UNIFORM, n_tokens, settings.ratios, curves.sensitivity)
     calibrated = allocate(DEFAULT_RULE, n_tokens, settings.ratios, curves.sensitivity)
     scorer = settings.scorer
-    total = len(corpus.held_out) * (n_tokens - settings.tail_tokens(EXACT))
+    n_tail, windows, recall = settings.tail_tokens(EXACT), corpus.held_out, corpus.held_out_recall
+    total = sum(n_tokens - (window.n_tail or n_tail) for window in (*windows, *recall))
     with progress("checking", total, AVERAGE_SECONDS) as advance:
-        found = check(target, corpus.held_out, settings.tail_tokens(EXACT), scorer, uniform, calibrated, advance)
-    if not (math.isfinite(found.uniform) and math.isfinite(found.calibrated)):
-        raise not_finite("the loss in the held-out windows", (found.uniform, found.calibrated), settings)
+        found = check(target, windows, recall, n_tail, scorer, uniform, calibrated, advance)
+    if not all(map(math.isfinite, found.values)):
+        raise not_finite("the loss in the held-out windows", found.values, settings)
     return found
 
 
@@ -229,74 +185,8 @@ def _memory(settings: CalibrateSettings) -> Iterator[None]:
         ) from None
 
 
-def _calibration(
-    settings: CalibrateSettings,
-    target: Target,
-    corpus: Corpus,
-    curves: Curves,
-    held_out: HeldOut,
-    method: str,
-    budget: float | None,
-) -> Calibration:
-    return Calibration(
-        layer_ids=target.layer_ids,
-        keep_ratios=settings.ratios,
-        sensitivity=curves.sensitivity,
-        sensitivity_se=curves.sensitivity_se,
-        scorer=settings.scorer,
-        sink_tokens=N_SINK,
-        recent_tokens=N_RECENT,
-        rule=held_out.rule,
-        model=printable(settings.model),
-        corpus=corpus.name,
-        tokens=(settings.windows + settings.recall) * settings.window_tokens,
-        windows=settings.windows,
-        recall_windows=settings.recall,
-        window_tokens=settings.window_tokens,
-        method=method,
-        stability=curves.stability,
-        gain=held_out.gain if held_out.gain < np.finfo(np.float32).max else math.nan,  # nothing is lost at all
-        tool=f"depthkv-edge {__version__}",
-        budget=budget,
-    )
-
-
 def _agreement(measured: dict[str, np.ndarray], texts: Sequence[int]) -> tuple[float, float] | None:
     if not {EXACT, FAST} <= measured.keys():
         return None
     a, b = (build_curves(measured[method], texts).sensitivity for method in (EXACT, FAST))
     return curve_correlation(a, b), layer_correlation(a, b)
-
-
-def _number(x: float) -> float | None:
-    return x if math.isfinite(x) else None
-
-
-def check_dump(path: Path, settings: CalibrateSettings) -> None:
-    """Check that `dump_curves` can do its work, before hours go into a calibration.
-
-    Raises:
-        DepthKVError: the file cannot be written, or is one of the model's.
-    """
-    if path.is_dir() or not path.parent.is_dir():
-        what = "it is a directory" if path.is_dir() else f"{path.parent} is not a directory"
-        raise DepthKVError(f"{path} cannot be written: {what}; give the path of a file")
-    if not os.access(path if path.exists() else path.parent, os.W_OK):
-        raise DepthKVError(f"{path} cannot be written: it is read-only; choose another path")
-    for other in (settings.output, settings.gguf, Path(settings.model)):
-        if other is not None and path.resolve() == other.resolve():
-            raise DepthKVError(f"--curves {path} is the model file: choose another path")
-
-
-def dump_curves(outcome: Outcome, path: Path) -> None:
-    """Write the outcome with the curves of every window as JSON.
-
-    Raises:
-        DepthKVError: the file cannot be written.
-    """
-    recall = None if outcome.recall is None else outcome.recall.tolist()
-    per_window = {"per_window": outcome.measured.tolist(), "per_recall_window": recall}
-    try:
-        path.write_text(json.dumps(outcome.to_dict() | per_window) + "\n")
-    except OSError as error:
-        raise DepthKVError(f"{path} cannot be written: {error.strerror}") from None

@@ -7,21 +7,34 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from depthkv_edge.calibrate.window import LayerCells
+from depthkv_edge.calibrate.layer_cells import LayerCells
 from depthkv_edge.engine.rules import N_CELLS_MIN, aligned, check_scorer
 from depthkv_edge.errors import DepthKVError
 from depthkv_edge.modelfile.keys import CHECK_BUDGET
 
-EXACT, FAST, BOTH = "exact", "fast", "both"
-METHODS = (EXACT, FAST, BOTH)
+EXACT, FAST, BOTH, ENGINE = "exact", "fast", "both", "engine"
 RECALL = "recall"  # how windows that ask are measured: by ablation, whatever the method is
 
 # the share of a window over which divergence is measured: its end, where the layers have forgotten the most. A gradient
 # takes in what a token does to later ones, so a shorter one is enough
-_TAIL = {EXACT: 8, FAST: 12}
+_TAIL = {EXACT: 8, FAST: 12, ENGINE: 12}
+
+# a layer that at the lowest keep ratio loses less than this share of what the worst one does is not measured at others:
+# it would take most of the time to tell nothing from nearly nothing
+SCREENED = 0.01
+
+N_HELD_OUT = 2  # windows of the check
+
+# that the speed is averaged over: layers cost less and less, a short average would promise too much
+AVERAGE_SECONDS = 1800.0
 
 # of a window in the held-out check: two floors, or there is next to nothing to share out
 _CHECK_CELLS_MIN = 2 * aligned(N_CELLS_MIN)
+
+
+def default_windows(method: str) -> tuple[int, int]:
+    """Windows of text, and windows that ask, where the user says nothing: the engine takes minutes for each."""
+    return (2, 1) if method == ENGINE else (4, 2)
 
 
 @dataclass(frozen=True)
@@ -80,3 +93,10 @@ class CalibrateSettings:
 
 def _join(ratios: Sequence[float]) -> str:
     return ",".join(f"{ratio:g}" for ratio in ratios)
+
+
+def not_finite(what: str, values: Sequence[float], settings: CalibrateSettings) -> DepthKVError:
+    """What to say of measurements one of which is not finite."""
+    value = next(x for x in values if not math.isfinite(x))
+    way_out = "check the weights of the model" if settings.dtype == "float32" else "measure with --dtype float32"
+    return DepthKVError(f"{what} is {value} with --dtype {settings.dtype}: {way_out}")

@@ -59,6 +59,7 @@ class Corpus:
         texts: names of the texts.
         windows, held_out: windows at distinct places, the texts taken in turn.
         recall: windows at other places, in which facts are hidden and asked for.
+        held_out_recall: the last window that is held out, with other facts in it.
     """
 
     name: str
@@ -66,6 +67,7 @@ class Corpus:
     windows: tuple[WindowTokens, ...]
     held_out: tuple[WindowTokens, ...]
     recall: tuple[WindowTokens, ...] = ()
+    held_out_recall: tuple[WindowTokens, ...] = ()
 
 
 def default_texts(n_characters: int) -> list[CorpusText]:
@@ -234,6 +236,7 @@ def build_corpus(
         tuple(windows),
         tuple(held_out),
         tuple(recall),
+        tuple(_hide(window, tokenize, head, random.Random("held out")) for window in held_out[-1:] if n_recall),
     )
 
 

@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.optimize import isotonic_regression
-from scipy.stats import spearmanr
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,7 +37,7 @@ def build_curves(measured: np.ndarray, texts: Sequence[int], recall: np.ndarray 
     the geometric mean of those. A window that loses nothing says nothing.
 
     A mean of finite samples may rise with the keep ratio where the truth is flat. A curve that does is replaced by the
-    nearest one that does not (isotonic regression, scipy.optimize.isotonic_regression).
+    nearest one that does not.
 
     Windows that ask for hidden facts lose far more than running text does, in a few layers. Scaled to the same level
     they make up `RECALL_SHARE` of the curves, which so stay in the nats of running text.
@@ -57,7 +55,7 @@ def build_curves(measured: np.ndarray, texts: Sequence[int], recall: np.ndarray 
             error = np.hypot((1 - RECALL_SHARE) * error, RECALL_SHARE * error_recall)
         else:
             level, mean, error = level_recall, mean_recall, error_recall
-    falling = np.stack([isotonic_regression(curve, increasing=False).x for curve in np.maximum(level * mean, 0)])
+    falling = np.stack([_falling(curve) for curve in np.maximum(level * mean, 0)])
     return Curves(falling.astype(np.float32), (level * error).astype(np.float32), stability(measured, texts))
 
 
@@ -74,6 +72,32 @@ def _average(measured: np.ndarray) -> tuple[float, np.ndarray, np.ndarray]:
     mean = scaled.mean(axis=0)
     error = scaled.std(axis=0, ddof=1) / np.sqrt(n_windows) if n_windows > 1 else np.zeros_like(mean)
     return float(np.exp(np.log(level).mean())), mean, error
+
+
+def _falling(curve: np.ndarray) -> np.ndarray:
+    """The nearest curve that never rises, by least squares: neighbours that do are pooled at their mean.
+
+    As scipy.optimize.isotonic_regression. Written here because a device that calibrates with the engine has no scipy.
+    """
+    pools: list[tuple[float, int]] = []
+    for value in curve.tolist():
+        mean, n = value, 1
+        while pools and pools[-1][0] < mean:
+            before, n_before = pools.pop()
+            mean, n = (before * n_before + mean * n) / (n_before + n), n_before + n
+        pools.append((mean, n))
+    return np.concatenate([np.full(n, mean) for mean, n in pools])
+
+
+def _spearman(a: np.ndarray, b: np.ndarray) -> float:
+    """Rank correlation; as scipy.stats.spearmanr, for the same reason as above."""
+    return float(np.corrcoef(_ranks(a), _ranks(b))[0, 1])
+
+
+def _ranks(values: np.ndarray) -> np.ndarray:
+    """Of [n] values; those that are equal share the mean of theirs."""
+    _, inverse, n = np.unique(values, return_inverse=True, return_counts=True)
+    return (np.cumsum(n) - (n - 1) / 2)[inverse]
 
 
 def stability(measured: np.ndarray, texts: Sequence[int]) -> float:
@@ -96,11 +120,11 @@ def stability(measured: np.ndarray, texts: Sequence[int]) -> float:
 def layer_correlation(a: np.ndarray, b: np.ndarray) -> float:
     """Spearman correlation over the layers of two sets of curves [L, R], mean of the keep ratios; NaN if undefined."""
     found = [
-        spearmanr(a[:, r], b[:, r]).statistic for r in range(a.shape[1]) if np.ptp(a[:, r]) > 0 and np.ptp(b[:, r]) > 0
+        _spearman(a[:, r], b[:, r]) for r in range(a.shape[1]) if np.ptp(a[:, r]) > 0 and np.ptp(b[:, r]) > 0
     ]
     return float(np.mean(found)) if found else float("nan")
 
 
 def curve_correlation(a: np.ndarray, b: np.ndarray) -> float:
     """Spearman correlation over all points of two sets of curves [L, R]; NaN if undefined."""
-    return float(spearmanr(a.ravel(), b.ravel()).statistic) if np.ptp(a) > 0 and np.ptp(b) > 0 else float("nan")
+    return _spearman(a.ravel(), b.ravel()) if np.ptp(a) > 0 and np.ptp(b) > 0 else float("nan")

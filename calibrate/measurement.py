@@ -10,24 +10,26 @@ from contextlib import nullcontext
 import numpy as np
 
 from depthkv_edge.calibrate import exact, fast
-from depthkv_edge.calibrate.calibrate_settings import BOTH, EXACT, FAST, RECALL, CalibrateSettings
+from depthkv_edge.calibrate.calibrate_settings import (
+    AVERAGE_SECONDS,
+    BOTH,
+    EXACT,
+    FAST,
+    RECALL,
+    SCREENED,
+    CalibrateSettings,
+    not_finite,
+)
 from depthkv_edge.calibrate.corpus import Corpus, WindowTokens
 from depthkv_edge.calibrate.parallel import Processes
 from depthkv_edge.calibrate.state import SavedState
 from depthkv_edge.calibrate.target import Target
 from depthkv_edge.calibrate.window import Prefilled, Window, prefill, run_tail
-from depthkv_edge.errors import DepthKVError
 from depthkv_edge.measure.progress import progress
 
 # for the time left, in runs of one layer: head and divergence; eviction, the change of the output and its gradient
 _HEAD_COST, _FAST_COST = 6, 6
-# that the speed is averaged over: layers cost less and less, a short average would promise too much
-AVERAGE_SECONDS = 1800.0
-
 _SCREEN = "screen"  # what a layer loses to hidden facts at the lowest keep ratio
-# a layer that there loses less than this share of what the worst one does is not measured at the other keep ratios: few
-# layers find facts, and the others would take most of the time to tell nothing from nearly nothing
-_SCREENED = 0.01
 
 
 def methods_of(settings: CalibrateSettings) -> list[str]:
@@ -39,13 +41,6 @@ def methods_of(settings: CalibrateSettings) -> list[str]:
 def forget(settings: CalibrateSettings, state: SavedState) -> None:
     """Remove what these settings have measured."""
     state.remove([*methods_of(settings), _SCREEN])
-
-
-def not_finite(what: str, values: Sequence[float], settings: CalibrateSettings) -> DepthKVError:
-    """What to say of measurements one of which is not finite."""
-    value = next(x for x in values if not math.isfinite(x))
-    way_out = "check the weights of the model" if settings.dtype == "float32" else "measure with --dtype float32"
-    return DepthKVError(f"{what} is {value} with --dtype {settings.dtype}: {way_out}")
 
 
 def measure(
@@ -158,7 +153,7 @@ class _Measurement:
             worst = max(worst, self._screened(index, layer))
         for layer in layers:
             first = self._screened(index, layer)
-            if first > _SCREENED * worst:
+            if first > SCREENED * worst:
                 rest = [window.rerun({layer: plan}) for plan in range(1, n_plans)]
             else:
                 rest = [first * (1 - ratio) / (1 - self._settings.ratios[0]) for ratio in self._settings.ratios[1:]]

@@ -14,24 +14,14 @@ from transformers.cache_utils import DynamicLayer
 
 from depthkv_edge.calibrate.attention import AttentionCall, attend, attention_weights, observe
 from depthkv_edge.calibrate.divergence import mean_divergence
+from depthkv_edge.calibrate.layer_cells import LayerCells
 from depthkv_edge.calibrate.scorers import Mass, mass_of
 from depthkv_edge.calibrate.target import Target, layer_inputs
-from depthkv_edge.engine.rules import SCORERS, n_ubatch
+from depthkv_edge.engine.rules import SCORERS
 from depthkv_edge.engine.sim import AttentionOf, Held, sampled_queries, simulate
 
 _PREFILL_CHUNK = 512  # tokens of one forward pass: bounds the activations
 _HEAD_CHUNK = 128  # rows of logits that exist at once
-
-
-@dataclass(frozen=True)
-class LayerCells:
-    """Cells of every growing layer. `n_ubatch` follows from the smallest."""
-
-    cells: tuple[int, ...]
-
-    @property
-    def n_ubatch(self) -> int:
-        return n_ubatch(min(self.cells))
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,9 +16,9 @@ from depthkv_edge.cli.streams import echo_json
 from depthkv_edge.errors import DepthKVError
 
 if TYPE_CHECKING:
-    from depthkv_edge.calibrate.calibrate import Outcome
+    from depthkv_edge.calibrate.outcome import Outcome
 
-_PACKAGES = ("torch", "transformers", "accelerate", "scipy")
+_PACKAGES = ("torch", "transformers", "accelerate")
 _INSTALL = "pip install torch==2.13.0 'depthkv-edge[calibrate]'"
 
 
@@ -30,10 +31,8 @@ _INSTALL = "pip install torch==2.13.0 'depthkv-edge[calibrate]'"
 @click.option(
     "--corpus", multiple=True, type=FILE, metavar="FILE", help="Text or .jsonl file, or a data set. Repeat for more."
 )
-@click.option("--windows", type=int, default=4, show_default=True, metavar="N", help="Windows of text to measure.")
-@click.option(
-    "--recall", type=int, default=2, show_default=True, metavar="N", help="Windows that ask for hidden facts."
-)
+@click.option("--windows", type=int, metavar="N", help="Windows of text to measure. Default: 4, by the engine 2.")
+@click.option("--recall", type=int, metavar="N", help="Windows that ask for hidden facts. Default: 2, by the engine 1.")
 @click.option("--window-tokens", type=int, default=3072, show_default=True, metavar="N", help="Tokens of a window.")
 @click.option(
     "--scorer",
@@ -47,10 +46,9 @@ _INSTALL = "pip install torch==2.13.0 'depthkv-edge[calibrate]'"
 @click.option("--ratios", default="0.05,0.1,0.2,0.4,0.7", show_default=True, metavar="LIST", help="Keep ratios.")
 @click.option(
     "--method",
-    type=click.Choice(["exact", "fast", "both"]),
-    default="exact",
-    show_default=True,
-    help="Prune each layer in turn, or estimate it from gradients. Both: and compare.",
+    type=click.Choice(["exact", "fast", "both", "engine"]),
+    help="Prune each layer in turn, or estimate it from gradients. Both: and compare. Engine: prune in the GGUF, "
+    "without torch. Default: exact, or engine where torch is not installed.",
 )
 @click.option("--device", default="cpu", show_default=True, metavar="NAME", help="cpu, cuda, mps, or auto for all.")
 @click.option(
@@ -68,12 +66,12 @@ def calibrate(
     gguf: str | None,
     output: str,
     corpus: tuple[str, ...],
-    windows: int,
-    recall: int,
+    windows: int | None,
+    recall: int | None,
     window_tokens: int,
     scorer: str,
     ratios: str,
-    method: str,
+    method: str | None,
     device: str,
     dtype: str,
     seed: int,
@@ -90,25 +88,26 @@ def calibrate(
         raise DepthKVError("no model is named: give a Hugging Face directory, the path of a .gguf file, or smollm2")
     keep_ratios = _parse_ratios(ratios)
     check_positive(("--windows", windows), ("--window-tokens", window_tokens))
-    check_number("--recall", recall)
-    for package in _PACKAGES:
-        if find_spec(package) is None:
-            raise DepthKVError(f"calibration needs {package}, which is not installed: run `{_INSTALL}`")
-    try:
-        from depthkv_edge.calibrate.calibrate import calibrate as measure
-        from depthkv_edge.calibrate.calibrate import check_dump, dump_curves
-        from depthkv_edge.calibrate.calibrate_settings import CalibrateSettings
-    except (ImportError, OSError, RuntimeError, AttributeError) as error:  # one of them is too old, or broken
-        why = " ".join(str(error).split())[:200] or type(error).__name__
-        raise DepthKVError(f"a package that calibration needs does not load ({why}): run `{_INSTALL}`") from None
+    if recall is not None:
+        check_number("--recall", recall)
+    if method is None:
+        missing = [package for package in _PACKAGES if find_spec(package) is None]
+        method = "engine" if missing else "exact"
+        if missing:
+            click.echo(f"{missing[0]} is not installed: the engine measures the GGUF (--method engine)", err=True)
+    measure = _load(method)
+    from depthkv_edge.calibrate.calibrate_settings import CalibrateSettings, default_windows
+    from depthkv_edge.calibrate.outcome import check_dump, dump_curves
+
+    default = default_windows(method)
 
     settings = CalibrateSettings(
         model=hf_model,
         gguf=Path(gguf) if gguf else None,
         output=Path(output),
         corpus=corpus,
-        windows=windows,
-        recall=recall,
+        windows=default[0] if windows is None else windows,
+        recall=default[1] if recall is None else recall,
         window_tokens=window_tokens,
         scorer=scorer,
         device=device,
@@ -133,6 +132,30 @@ def calibrate(
     except KeyboardInterrupt:
         click.echo("interrupted: the same command goes on where this one was", err=True)
         raise
+
+
+def _load(method: str) -> Callable[..., Outcome | None]:
+    """What measures by a method.
+
+    Raises:
+        DepthKVError: a package that it needs is missing, or broken.
+    """
+    if method == "engine":
+        from depthkv_edge.calibrate.by_engine import calibrate_with_engine
+
+        return calibrate_with_engine
+    for package in _PACKAGES:
+        if find_spec(package) is None:
+            raise DepthKVError(
+                f"--method {method} needs {package}, which is not installed: run `{_INSTALL}`, or measure with "
+                "--method engine"
+            )
+    try:
+        from depthkv_edge.calibrate.calibrate import calibrate as measure
+    except (ImportError, OSError, RuntimeError, AttributeError) as error:  # one of them is too old, or broken
+        why = " ".join(str(error).split())[:200] or type(error).__name__
+        raise DepthKVError(f"a package that calibration needs does not load ({why}): run `{_INSTALL}`") from None
+    return measure
 
 
 def _parse_ratios(text: str) -> tuple[float, ...]:
@@ -175,8 +198,12 @@ def summary_rows(outcome: Outcome) -> list[tuple[str, str]]:
     if outcome.agreement is not None:
         points, layers = outcome.agreement
         rows.append(("fast", f"{points:.2f} Spearman with exact over all points, {layers:.2f} over layers"))
+    if held_out.recall is not None:
+        uniform, calibrated = held_out.recall
+        rows.append(("facts", f"mean KL of hidden ones {calibrated:.4f} calibrated, {uniform:.4f} uniform"))
     if calibration.rule == UNIFORM:
-        rows.append(("gain", f"none on held-out text: {divergence}; the file asks for uniform budgets"))
+        why = "none on held-out text" if held_out.gain <= 1 else "none on hidden facts, whatever it is on text"
+        rows.append(("gain", f"{why}: {divergence}; the file asks for uniform budgets"))
     elif math.isinf(held_out.gain):
         rows.append(("gain", f"nothing is lost on held-out text at a budget of {CHECK_BUDGET:g}: {divergence}"))
     else:

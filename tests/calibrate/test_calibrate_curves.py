@@ -7,9 +7,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
+from scipy.optimize import isotonic_regression
+from scipy.stats import spearmanr
 
-from depthkv_edge.calibrate.curves import build_curves, curve_correlation, layer_correlation, stability
-from depthkv_edge.calibrate.heldout import DEFAULT_RULE, HeldOut, allocate
+from depthkv_edge.calibrate.curves import (
+    _falling,
+    _spearman,
+    build_curves,
+    curve_correlation,
+    layer_correlation,
+    stability,
+)
+from depthkv_edge.calibrate.heldout import DEFAULT_RULE, HeldOut
+from depthkv_edge.calibrate.layer_cells import allocate
 from depthkv_edge.engine import capi
 
 MEASURED = arrays(
@@ -76,6 +86,27 @@ def test_correlations_of_what_does_not_vary():
 def test_no_gain_asks_for_uniform(uniform, calibrated, gain, rule):
     held_out = HeldOut(uniform, calibrated)
     assert (held_out.gain, held_out.rule) == (pytest.approx(gain), rule)
+
+
+@pytest.mark.parametrize(("recall", "rule"), [(None, "optimal"), ((4.0, 4.2), "optimal"), ((4.0, 4.5), "uniform")])
+def test_what_forgets_more_facts_asks_for_uniform(recall, rule):
+    """However much is gained on text; a few answers cannot tell a tenth."""
+    assert HeldOut(0.2, 0.1, recall).rule == rule
+
+
+def test_held_out_windows_are_averaged():
+    found = HeldOut.of([[0.2, 0.1], [0.4, 0.2]], [[3.0, 1.0]])
+    assert found.values == pytest.approx((0.3, 0.15, 3.0, 1.0))
+    assert HeldOut.of([[0.2, 0.1]], []).recall is None
+
+
+@given(arrays(np.float64, st.integers(2, 12), elements=st.integers(0, 5)), st.integers(0, 100))
+def test_the_same_as_scipy(values, seed):
+    """Ties included."""
+    np.testing.assert_allclose(_falling(values), isotonic_regression(values, increasing=False).x, atol=1e-12)
+    other = np.random.default_rng(seed).permutation(values)
+    if np.ptp(values) > 0:
+        assert _spearman(values, other) == pytest.approx(spearmanr(values, other).statistic, abs=1e-12)
 
 
 def test_the_rule_that_is_checked_is_the_engines_default():

@@ -8,15 +8,16 @@ import pytest
 import torch
 from transformers.quantizers import quantizer_gguf
 
+from depthkv_edge.calibrate.layer_cells import LayerCells
 from depthkv_edge.calibrate.load import find_source, quiet
 from depthkv_edge.calibrate.load import load_model as load_hf
 from depthkv_edge.calibrate.target import inspect_model
-from depthkv_edge.calibrate.window import LayerCells, prefill, run_tail
+from depthkv_edge.calibrate.window import prefill, run_tail
 from depthkv_edge.engine import capi, log
 from depthkv_edge.engine.capi import llama_cpp
+from depthkv_edge.engine.model import load_model
 from depthkv_edge.engine.rules import n_ubatch
-from depthkv_edge.quality.f32 import write_f32
-from depthkv_edge.quality.model import load_model
+from depthkv_edge.modelfile.f32 import write_f32
 
 _api = llama_cpp.llama_cpp
 _F32 = 0  # enum ggml_type

@@ -15,9 +15,10 @@ from support.tiny_hf import FAMILIES, REFUSED, make_model, make_tokens
 from depthkv_edge.calibrate import exact, fast
 from depthkv_edge.calibrate.attention import AttentionCall
 from depthkv_edge.calibrate.divergence import divergence
+from depthkv_edge.calibrate.layer_cells import LayerCells
 from depthkv_edge.calibrate.scorers import mass_of
 from depthkv_edge.calibrate.target import inspect_model
-from depthkv_edge.calibrate.window import LayerCells, _attention_of, prefill, run_tail
+from depthkv_edge.calibrate.window import _attention_of, prefill, run_tail
 from depthkv_edge.engine.sim import Held
 from depthkv_edge.errors import DepthKVError
 

@@ -18,11 +18,12 @@ from depthkv_edge.calibrate.calibrate_settings import RECALL, CalibrateSettings
 from depthkv_edge.calibrate.corpus import build_corpus
 from depthkv_edge.calibrate.curves import RECALL_SHARE, build_curves
 from depthkv_edge.calibrate.divergence import divergence
+from depthkv_edge.calibrate.layer_cells import LayerCells
 from depthkv_edge.calibrate.load import find_source, load_model
 from depthkv_edge.calibrate.recall import build_window, draw_facts
 from depthkv_edge.calibrate.state import SavedState
 from depthkv_edge.calibrate.target import inspect_model
-from depthkv_edge.calibrate.window import LayerCells, prefill, run_tail
+from depthkv_edge.calibrate.window import prefill, run_tail
 from depthkv_edge.errors import DepthKVError
 from depthkv_edge.modelfile.keys import read_calibration
 
@@ -90,6 +91,9 @@ def test_windows_that_ask_lie_elsewhere(tmp_path):
         assert window.n_tail <= 128 and window.asked[-1] == 899
         others = [text_of(other.tokens) for other in (*corpus.windows, *corpus.held_out)]
         assert not any(text_of(window.tokens[1:40]) in other for other in others)
+    (held_out,) = corpus.held_out_recall
+    assert text_of(held_out.tokens[1:20]) in text_of(corpus.held_out[-1].tokens) and held_out.asked[-1] == 899
+    assert build_corpus([str(path)], tokenize, 1, **sizes).held_out_recall == ()
     again = build_corpus([str(path)], tokenize, 1, **sizes, n_recall=2)
     assert again == corpus != build_corpus([str(path)], tokenize, 1, **(sizes | {"seed": 1}), n_recall=2)
 
@@ -125,6 +129,7 @@ def test_hidden_facts_are_measured_beside_the_text(settings):
     assert outcome.recall.shape == (1, 4, 2) and outcome.measured.shape == (1, 4, 2)
     assert outcome.recall.max() > 0
     assert read_calibration(settings.output).recall_windows == outcome.to_dict()["recall_windows"] == 1
+    assert min(outcome.held_out.recall) > 0 and outcome.to_dict()["held_out"]["recall"] == outcome.held_out.recall
     expected = build_curves(outcome.measured, [0], outcome.recall).sensitivity
     np.testing.assert_allclose(outcome.calibration.sensitivity, expected)
     without = calibrate(replace(settings, recall=0))

@@ -20,9 +20,10 @@ from support.keys import write
 from support.tiny_hf import make_model, save_pair
 
 from depthkv_edge.calibrate import exact, fast, heldout
-from depthkv_edge.calibrate.calibrate import calibrate, check_dump, dump_curves
+from depthkv_edge.calibrate.calibrate import calibrate
 from depthkv_edge.calibrate.calibrate_settings import CalibrateSettings
 from depthkv_edge.calibrate.load import find_source, load_model
+from depthkv_edge.calibrate.outcome import check_dump, dump_curves
 from depthkv_edge.calibrate.state import SavedState
 from depthkv_edge.errors import DepthKVError
 from depthkv_edge.modelfile.keys import KeyValue, read_calibration

@@ -69,11 +69,25 @@ def test_one_line(calibrate, pair, tmp_path, arguments, parts):
     assert os.listdir(tmp_path) == []
 
 
-@pytest.mark.parametrize("package", ["torch", "transformers", "accelerate", "scipy"])
+@pytest.mark.parametrize("package", ["torch", "transformers", "accelerate"])
 def test_a_missing_package_names_the_extra(calibrate, monkeypatch, package):
     monkeypatch.setattr("depthkv_edge.cli.calibrate.find_spec", lambda name: None if name == package else name)
-    line = refused(calibrate("smollm2", "-o", "out.gguf"))
-    assert package in line and "pip install" in line and "depthkv-edge[calibrate]" in line
+    line = refused(calibrate("smollm2", "-o", "out.gguf", "--method", "fast"))
+    assert package in line and "pip install" in line and "depthkv-edge[calibrate]" in line and "engine" in line
+
+
+def test_without_torch_the_engine_measures(calibrate, monkeypatch, pair, tmp_path):
+    """And says so; what it cannot measure it refuses."""
+    monkeypatch.setattr("depthkv_edge.cli.calibrate.find_spec", lambda name: None if name == "torch" else name)
+    output = tmp_path / "out.gguf"
+    corpus = tmp_path / "corpus.txt"
+    corpus.write_text("the quick brown fox jumps over the lazy dog. " * 80)
+    options = ["--corpus", corpus, "--windows", 1, "--recall", 0, "--window-tokens", 512, "--ratios", "0.3"]
+    done = calibrate(pair[1], "-o", output, *options, "--json")
+    assert done.err.splitlines()[0] == "torch is not installed: the engine measures the GGUF (--method engine)"
+    assert done.json()["method"] == read_calibration(output).method == "engine"
+    refusal = calibrate(pair[0], "-o", output, *options)
+    assert refusal.code == 2 and "is no GGUF" in refusal.err.splitlines()[-1]
 
 
 @pytest.mark.parametrize("error", [ImportError("cannot import name\n DynamicLayer"), OSError("DynamicLayer.so")])

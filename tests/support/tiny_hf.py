@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 import transformers
-from gguf import MODEL_ARCH, GGUFWriter, get_tensor_name_map
+from gguf import MODEL_ARCH, GGUFWriter, TokenType, get_tensor_name_map
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Split
@@ -141,7 +141,15 @@ def save_pair(directory: Path, seed: int = 0) -> tuple[Path, Path]:
     writer.add_head_count_kv(2)
     writer.add_layer_norm_rms_eps(1e-6)
     writer.add_vocab_size(N_VOCAB)
-    writer.add_tokenizer_model("none")
+    # the same tokens, for text of these characters
+    tokens = [*("▁" if c == " " else c for c in characters), *(f"<{i}>" for i in range(len(characters), N_VOCAB))]
+    kinds = [TokenType.UNKNOWN, TokenType.CONTROL, TokenType.CONTROL, *[TokenType.NORMAL] * (N_VOCAB - 3)]
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list(tokens)
+    writer.add_token_scores([0.0] * N_VOCAB)
+    writer.add_token_types(kinds)
+    writer.add_add_bos_token(False)
+    writer.add_add_space_prefix(False)
     names = get_tensor_name_map(MODEL_ARCH.LLAMA, N_LAYERS)
     for name, tensor in model.state_dict().items():
         writer.add_tensor(names.get_name(name, try_suffixes=(".weight",)), tensor.numpy())

@@ -557,7 +557,7 @@ static void test_seq_keep() {
     const auto kept  = feed(ctx.get(),  0, tokens, 128, 160);
     const auto other = feed(ctx.get(),  1, tokens, 128, 160);
     CHECK(feed(copy.get(), 0, tokens, 128, 160) == kept);
-    CHECK(nmse(kept, other) > 1e-6);
+    CHECK(kept != other);
     CHECK(positions(ctx.get(), 1, 0).size() == 6 + 32);
 
     // nothing but the last one and the pinned

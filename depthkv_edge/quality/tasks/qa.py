@@ -70,7 +70,7 @@ class QuestionAnswering:
 
     def cost(self, item: int) -> int:
         document = self.documents[item]
-        asked = sum(2 * len(quiz.prompt) + len(quiz.answer) + DECODE_COST * 8 for quiz in document.questions)
+        asked = sum(len(quiz.prompt) + len(quiz.answer) + DECODE_COST * 8 for quiz in document.questions)
         return len(document.context) + asked
 
     def run(self, model: Model, row: Row, item: int) -> Record:
@@ -81,9 +81,10 @@ class QuestionAnswering:
             state = stream.save()
             for quiz in document.questions:
                 stream.restore(state)
-                given = _first_line(model.detokenize(generate(stream, quiz.prompt, _N_PREDICT)))
-                stream.restore(state)
                 stream.feed(quiz.prompt[:-1])
+                asked = stream.save()
+                given = _first_line(model.detokenize(generate(stream, quiz.prompt[-1:], _N_PREDICT)))
+                stream.restore(asked)
                 log_probs = stream.predict([quiz.prompt[-1], *quiz.answer[:-1]])
                 record["exact"].append(exact(given, quiz.answers))
                 record["f1"].append(f1(given, quiz.answers))

@@ -21,6 +21,13 @@ if(TARGET llama-cli)
     list(APPEND tools llama-cli)
 endif()
 
+# The device that every machine has: its CPU behind ggml's RPC. scripts/test-device.sh runs native tests on it.
+if(TARGET ggml-rpc)
+    add_executable(ggml-rpc-server EXCLUDE_FROM_ALL "${tree}/tools/rpc/rpc-server.cpp")
+    target_link_libraries(ggml-rpc-server PRIVATE ggml)
+    list(APPEND tools ggml-rpc-server)
+endif()
+
 set(upstream_tests test-llama-archs test-save-load-state test-state-restore-fragmented test-batch-alloc test-thread-safety)
 foreach(test ${upstream_tests})
     add_executable(${test} EXCLUDE_FROM_ALL "${tree}/tests/${test}.cpp")

@@ -25,6 +25,7 @@ summary() { printf '%-9s %s\n' "$1" "$(grep -E "$2" "$logs/$1.log" | tail -n 1 |
 ctest=$(command -v ctest || echo "$PWD/.venv/bin/ctest")
 # In one run, because native tests too read the models that an upstream test writes.
 step native "$ctest" --test-dir build/engine -L 'native|upstream' --no-tests=error --output-on-failure
+step device scripts/test-device.sh rpc
 rm -f build/engine/test-models/*.gguf # 900 MB that the next run writes again
 step lint .venv/bin/ruff check .
 # A file at a time on each core. One thread each, which does not wait in a loop: more would keep each other from running.

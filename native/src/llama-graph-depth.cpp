@@ -424,8 +424,8 @@ ggml_tensor * llm_graph_input_kv_depth::build_attn(
     }
 
     if (is_plain && !graph.cparams.offload_kqv) {
-        // all nodes between the KV store and the attention output are run on the CPU
-        ggml_backend_sched_set_tensor_backend(graph.sched, cur, graph.backend_cpu);
+        // all nodes between the KV store and the attention output are run on the CPU. a view has no say in where it is computed
+        ggml_backend_sched_set_tensor_backend(graph.sched, cur->view_src ? cur->view_src : cur, graph.backend_cpu);
     }
 
     ggml_build_forward_expand(gf, cur);

@@ -7,6 +7,7 @@
 
 #include "llama-depthkv.h"
 #include "llama.h"
+#include "test-device.h"
 
 #include <algorithm>
 #include <cmath>
@@ -84,8 +85,7 @@ static std::vector<float> eval_shift(llama_context * ctx, llama_token token) {
 static bool test_arch(const std::string & path) {
     const std::string name = std::filesystem::path(path).stem().string();
 
-    llama_model_params mparams = llama_model_default_params();
-    mparams.n_gpu_layers = 0;
+    llama_model_params mparams = test_model_params();
 
     llama_model * model = llama_model_load_from_file(path.c_str(), mparams);
     if (!model) {

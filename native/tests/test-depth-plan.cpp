@@ -8,6 +8,7 @@
 #include "llama-cpp.h"
 #include "llama-depthkv.h"
 #include "llama.h"
+#include "test-device.h"
 
 #include <algorithm>
 #include <cmath>
@@ -34,8 +35,7 @@ struct plan_result {
 };
 
 static llama_model_ptr load(const std::string & path, bool no_alloc) {
-    auto mparams = llama_model_default_params();
-    mparams.n_gpu_layers = 0;
+    auto mparams = test_model_params();
     mparams.no_alloc     = no_alloc;
     if (no_alloc) {
         mparams.load_mode = LLAMA_LOAD_MODE_NONE;

@@ -8,6 +8,7 @@
 #include "llama-kv-cache-depth.h"
 #include "llama-model.h"
 #include "llama.h"
+#include "test-device.h"
 
 #include <algorithm>
 #include <cmath>
@@ -101,8 +102,7 @@ static std::vector<double> reference(
 }
 
 static void test_model(const std::string & path) {
-    auto mparams = llama_model_default_params();
-    mparams.n_gpu_layers = 0;
+    auto mparams = test_model_params();
 
     llama_model * model = llama_model_load_from_file(path.c_str(), mparams);
     CHECK(model);

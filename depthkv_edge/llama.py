@@ -213,7 +213,7 @@ class Llama(llama_cpp.Llama):
         """Never evict positions [p0, p1) of a sequence. Removing the tokens removes the pin.
 
         Raises:
-            DepthKVError: the pinned tokens would leave no room for the recent window and one ubatch, a position or the
+            DepthKVError: the pinned tokens would leave no room for the recent window and 32 tokens more, a position or the
                 sequence does not exist, or the model has been closed.
         """
         begin, end = (check_number(name, p, -1) for name, p in (("p0", p0), ("p1", p1)))

@@ -48,8 +48,8 @@ N_WARMUP: int = _constants.n_warmup
 N_CELLS_MIN = N_SINK + N_RECENT + N_UBATCH_MIN
 
 
-def n_ubatch(n_cells_min: int, most: int = 512) -> int:
-    """Tokens of a ubatch, from the cells of the smallest layer."""
+def n_ubatch(n_cells_min: int, most: int = N_QUERY_SPAN) -> int:
+    """Tokens of a ubatch, from the cells of the smallest layer; on a CPU at most those of one scoring pass."""
     return capi.llama_depthkv_n_ubatch(n_cells_min, most)
 
 

@@ -135,7 +135,7 @@ struct llama_depthkv_stats {
     float    budget;        // fraction of the full cache that the layers share, in (0, 1]
     int32_t  n_layers;
     uint32_t n_ctx_seq;     // positions of one sequence
-    uint32_t n_ubatch;
+    uint32_t n_ubatch;      // most tokens of a sequence at once, fewer where what is pinned leaves less room
     size_t   bytes;         // K and V allocated, all layers and sequences, SWA layers included
     size_t   bytes_full;    // the same for the full cache
     size_t   bytes_scorer;  // query samples, and the buffers that scoring and context shifts compute in: all there from the start
@@ -220,7 +220,7 @@ LLAMA_API llama_pos llama_depthkv_seq_rollback(struct llama_context * ctx, llama
 
 // never evict positions [p0, p1) of the sequence, whether or not they hold a token yet
 // a position shift moves the span along, removing the tokens removes it
-// false if the pinned tokens would leave no room for the recent window and one ubatch
+// false if the pinned tokens would leave no room for the recent window and a ubatch of 32 tokens
 LLAMA_API bool llama_depthkv_pin  (struct llama_context * ctx, llama_seq_id seq_id, llama_pos p0, llama_pos p1);
 LLAMA_API void llama_depthkv_unpin(struct llama_context * ctx, llama_seq_id seq_id);
 

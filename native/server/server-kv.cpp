@@ -271,8 +271,14 @@ int32_t server_kv::get_n_draft_max() const {
     // windows move with every ubatch, which slots that draft at the same time share
     const int32_t n_share = llama_model_n_swa(llama_get_model(ctx)) > 0 ? (int32_t) slots.size() : 1;
 
+    // what a conversation has pinned may have made it less
+    llama_depthkv_stats now;
+    if (!llama_depthkv_get_stats(ctx, &now)) {
+        return 0;
+    }
+
     // and the token that it follows
-    return (int32_t) stats.n_ubatch/n_share - 1;
+    return (int32_t) now.n_ubatch/n_share - 1;
 }
 
 void server_kv::copy(int id_slot_src, int id_slot_dst) {

@@ -152,6 +152,7 @@ bool llama_depthkv_get_stats(const llama_context * ctx, llama_depthkv_stats * st
             // as the caller wanted it: a depth cache never is
             const bool unified = (size_t) cparams.n_ctx_seq*cparams.n_seq_max > cparams.n_ctx;
 
+            stats->n_ubatch     = kv->get_n_ubatch();
             stats->bytes        = kv->size_kv_bytes();
             stats->bytes_full   = llama_kv_depth_bytes_full(model, cparams.n_ctx_seq, cparams.n_seq_max, unified, cparams.n_ubatch, plan.type_k, plan.type_v);
             stats->bytes_scorer = kv->size_scorer_bytes();

@@ -142,7 +142,8 @@ llama_pos llama_kv_cache_depth::seq_rollback(llama_seq_id seq_id, llama_pos p) {
 
     if (res < p) {
         // ubatches, and scoring with them, start where they would in a fresh evaluation: equal prompts give equal text
-        const llama_pos n_align = (llama_kv_n_query_span_pp + plan.n_ubatch - 1)/plan.n_ubatch*plan.n_ubatch;
+        const llama_pos n_ubatch = get_n_ubatch();
+        const llama_pos n_align  = (llama_kv_n_query_span_pp + n_ubatch - 1)/n_ubatch*n_ubatch;
 
         res = seq_pos_rollback(seq_id, res - res % n_align);
 
@@ -358,12 +359,15 @@ void llama_kv_cache_depth::seq_pin(llama_seq_id seq_id, llama_pos p0, llama_pos 
 
     const uint32_t n_pin = pins.count(params.n_sink);
 
+    // the ubatch follows the room that pins leave, see get_n_ubatch()
+    const uint32_t n_ubatch = std::min(plan.n_ubatch, llama_kv_n_ubatch_min);
+
     for (const auto & layer : layers) {
-        const uint64_t n_floor = (uint64_t) params.n_sink + n_pin + params.n_recent + plan.n_ubatch;
+        const uint64_t n_floor = (uint64_t) params.n_sink + n_pin + params.n_recent + n_ubatch;
 
         if (layer.n_cells < plan.n_ctx_seq && layer.n_cells < n_floor) {
             throw std::runtime_error(format("layer capacity %u is below the floor %" PRIu64 " (%u sinks + %u pinned + %u recent + %u ubatch): raise --kv-budget or pin fewer tokens",
-                    layer.n_cells, n_floor, params.n_sink, n_pin, params.n_recent, plan.n_ubatch));
+                    layer.n_cells, n_floor, params.n_sink, n_pin, params.n_recent, n_ubatch));
         }
     }
 

@@ -221,6 +221,8 @@ llama_memory_context_ptr llama_kv_cache_depth::init_batch(llama_batch_allocr & b
 
     balloc.split_reset();
 
+    n_ubatch = std::min(n_ubatch, get_n_ubatch());
+
     std::vector<llama_ubatch> ubatches;
     while (true) {
         auto ubatch = n_stream == 1 ? balloc.split_simple(n_ubatch) : balloc.split_equal(n_ubatch, true, 0);
@@ -369,6 +371,25 @@ std::map<ggml_backend_buffer_type_t, size_t> llama_kv_cache_depth::memory_breakd
 //
 // ubatch
 //
+
+uint32_t llama_kv_cache_depth::get_n_ubatch() const {
+    const auto & params = plan.params;
+
+    uint32_t n_pin = 0;
+    for (const auto & stream : streams) {
+        n_pin = std::max(n_pin, stream.pins.count(params.n_sink));
+    }
+
+    uint32_t n_left = plan.n_ubatch;
+
+    for (const auto & layer : layers) {
+        if (layer.n_cells < plan.n_ctx_seq) {
+            n_left = std::min(n_left, layer.n_cells - params.n_sink - params.n_recent - n_pin);
+        }
+    }
+
+    return n_left < plan.n_ubatch ? std::max(std::min(plan.n_ubatch, llama_kv_n_ubatch_min), n_left/llama_kv_n_ubatch_min*llama_kv_n_ubatch_min) : plan.n_ubatch;
+}
 
 ggml_status llama_kv_cache_depth::apply_ubatch(const llama_ubatch & ubatch, const std::vector<uint32_t> & n_room, slot_info & sinfo) {
     const uint32_t n_seqs = n_stream > 1 ? ubatch.n_seqs_unq : 1;
@@ -559,7 +580,7 @@ bool llama_kv_cache_depth_context::apply() {
             }
         }
         for (auto & n : n_room) {
-            n = n <= kv->get_plan().n_ubatch ? n : 0;
+            n = n <= kv->get_n_ubatch() ? n : 0;
         }
     }
 

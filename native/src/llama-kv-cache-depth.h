@@ -125,6 +125,9 @@ public:
     const llama_kv_depth_plan & get_plan() const { return plan; }
 
     uint32_t get_n_stream() const { return n_stream; }
+
+    // most tokens of a sequence in a ubatch: as planned, or what pinned tokens leave of the layers
+    uint32_t get_n_ubatch() const;
     bool     get_v_trans()  const { return v_trans;  }
 
     const std::vector<kv_layer> & get_layers() const { return layers; }

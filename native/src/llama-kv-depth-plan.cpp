@@ -267,8 +267,13 @@ llama_kv_depth_plan llama_kv_depth_plan_init(
 
     // fast attention kernels of GPU backends want multiples of 256, but not at the price of a fifth of a small cache
     // decided by the context alone: with another granularity a larger budget could take cells away
-    const bool on_gpu = cparams.offload_kqv && ggml_backend_dev_type(model.dev_layer(ids[0])) != GGML_BACKEND_DEVICE_TYPE_CPU;
-    aparams.n_align = on_gpu && aparams.n_ctx >= 8192 ? 256 : llama_kv_n_align;
+    const bool on_gpu = std::any_of(ids.begin(), ids.end(), [&](int32_t il) {
+        return ggml_backend_dev_type(model.dev_layer(il)) != GGML_BACKEND_DEVICE_TYPE_CPU;
+    });
+    aparams.n_align = on_gpu && cparams.offload_kqv && aparams.n_ctx >= 8192 ? 256 : llama_kv_n_align;
+
+    // a CPU is as fast with the tokens of one scoring pass as with more, and forgets less (docs/engine.md)
+    const uint32_t n_ubatch_best = on_gpu ? cparams.n_ubatch : std::min(cparams.n_ubatch, llama_kv_n_query_span_pp);
 
     llama_kv_budget_full full = { n_cells_full*n_seq_max, 0, 0 };
 
@@ -325,7 +330,7 @@ llama_kv_depth_plan llama_kv_depth_plan_init(
         check_floor(n_cells_min); // of an explicit plan
 
         // nothing is ever evicted from a full layer
-        n_ubatch = n_cells_min >= cparams.n_ctx_seq ? n_ubatch_max : llama_kv_evict_n_ubatch(n_cells_min, n_safe, n_ubatch_max);
+        n_ubatch = n_cells_min >= cparams.n_ctx_seq ? n_ubatch_max : llama_kv_evict_n_ubatch(n_cells_min, n_safe, std::min(n_ubatch_max, n_ubatch_best));
 
         return cells;
     };

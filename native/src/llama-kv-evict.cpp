@@ -8,9 +8,13 @@
 static constexpr uint32_t n_evict_batch = 64;
 
 // a ubatch costs capacity: that many cells of every layer are free before it runs. small ones keep more of the past,
-// large ones run faster. a twelfth of the smallest layer costs little of either (docs/engine.md)
+// large ones run faster. half of the smallest layer costs little of either (docs/engine.md)
+// a power of two: batches of the usual sizes are cut into equal parts, at the same places when a sequence goes back
 uint32_t llama_kv_evict_n_ubatch(uint32_t n_cells_min, uint32_t n_safe, uint32_t n_ubatch_max) {
-    uint32_t res = std::max(llama_kv_n_ubatch_min, n_cells_min/12/llama_kv_n_ubatch_min*llama_kv_n_ubatch_min);
+    uint32_t res = llama_kv_n_ubatch_min;
+    while (2*res <= n_cells_min/2) {
+        res *= 2;
+    }
 
     res = std::min(res, n_ubatch_max);
     res = std::min(res, n_cells_min - n_safe);

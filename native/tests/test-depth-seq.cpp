@@ -5,6 +5,7 @@
 #include "llama-depthkv.h"
 #include "llama-kv-cache-depth.h"
 #include "llama.h"
+#include "test-device.h"
 
 #include <algorithm>
 #include <cmath>
@@ -25,12 +26,12 @@ static std::string path_model;
 
 static llama_model * model;
 
-static context_ptr make_context(uint32_t n_seq_max, float budget, uint32_t n_cells = 0, ggml_type type_k = GGML_TYPE_F16, bool fa = false, uint32_t n_ctx_seq = 256) {
+static context_ptr make_context(uint32_t n_seq_max, float budget, uint32_t n_cells = 0, ggml_type type_k = GGML_TYPE_F16, bool fa = false, uint32_t n_ctx_seq = 256, uint32_t n_ubatch = 32) {
     auto cparams = llama_context_default_params();
 
     cparams.n_ctx           = n_ctx_seq*n_seq_max;
     cparams.n_batch         = 128;
-    cparams.n_ubatch        = 32;
+    cparams.n_ubatch        = n_ubatch;
     cparams.n_seq_max       = n_seq_max;
     cparams.n_threads       = 2;
     cparams.n_threads_batch = 2;
@@ -515,6 +516,40 @@ static void test_pins() {
 }
 
 // after a division positions share cells. the safe ones still leave room for the tokens to come
+// pinned tokens take room from the ubatch before they are refused, and what comes back from one batch follows it
+static void test_pins_ubatch() {
+    auto ctx   = make_context(1, 0.5f, 0, GGML_TYPE_F16, false, 256, 128);
+    auto small = make_context(1, 0.5f);
+
+    llama_depthkv_stats stats;
+    CHECK(llama_depthkv_get_stats(ctx.get(), &stats));
+    CHECK(stats.n_ubatch == 64); // half of 128 cells
+
+    const auto t = make_tokens(256, 31);
+
+    for (auto * c : { ctx.get(), small.get() }) {
+        CHECK(llama_depthkv_pin(c, 0, 4, 36));
+        CHECK(llama_depthkv_get_stats(c, &stats));
+        CHECK(stats.n_ubatch == 32); // 60 cells are left
+    }
+
+    for (int i = 0; i < 192; i += 64) {
+        const std::vector<llama_token> part(t.begin() + i, t.begin() + i + 64);
+        CHECK(decode(ctx.get(), {{ 0, part }}, i) == decode(small.get(), {{ 0, part }}, i));
+    }
+    CHECK(positions(ctx.get(), 0, 0) == positions(small.get(), 0, 0));
+
+    decode(ctx.get(), {{ 0, { t.begin() + 192, t.begin() + 192 + stats.n_ubatch } }}, 192);
+    CHECK(llama_memory_seq_rm(llama_get_memory(ctx.get()), 0, 193, -1));
+
+    // as many as ever leave room for a ubatch
+    CHECK( llama_depthkv_pin(ctx.get(), 0, 36, 64));
+    CHECK(!llama_depthkv_pin(ctx.get(), 0, 64, 65));
+
+    llama_depthkv_unpin(ctx.get(), 0);
+    CHECK(llama_depthkv_get_stats(ctx.get(), &stats) && stats.n_ubatch == 64);
+}
+
 static void test_seq_keep() {
     const auto tokens = make_tokens(160, 11);
 
@@ -951,8 +986,7 @@ int main(int argc, char ** argv) {
     llama_log_set([](ggml_log_level, const char *, void *) {}, nullptr);
     llama_backend_init();
 
-    auto mparams = llama_model_default_params();
-    mparams.n_gpu_layers = 0;
+    auto mparams = test_model_params();
 
     path_model = std::string(argv[1]) + "/llama-dense.gguf";
 
@@ -968,12 +1002,15 @@ int main(int argc, char ** argv) {
     test_shift(GGML_TYPE_Q8_0, true,  1e-3);
     test_state();
     test_pins();
+    test_pins_ubatch();
     test_seq_keep();
     test_bounded();
     test_bad_plans();
     test_div();
-    test_shift_abort();
-    test_evict_abort();
+    if (test_on_cpu()) { // the other backends do not ask whether to go on
+        test_shift_abort();
+        test_evict_abort();
+    }
     test_broken_key();
     test_reserved();
     test_bad_calls();

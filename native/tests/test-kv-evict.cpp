@@ -24,7 +24,7 @@ static std::vector<llama_pos> positions(const llama_depthkv_sim * sim) {
 
 static void test_n_ubatch() {
     const uint32_t cells   [] = { 68, 307, 768, 1229, 2150, 3071, 6144, 100000 };
-    const uint32_t expected[] = { 32,  32,  64,   96,  160,  224,  512,    512 };
+    const uint32_t expected[] = { 32, 128, 256,  512,  512,  512,  512,    512 };
 
     for (size_t i = 0; i < sizeof(cells)/sizeof(cells[0]); ++i) {
         CHECK(llama_depthkv_n_ubatch(cells[i], 512) == expected[i]);

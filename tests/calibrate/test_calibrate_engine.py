@@ -22,7 +22,7 @@ from depthkv_edge.modelfile.f32 import write_f32
 _api = llama_cpp.llama_cpp
 _F32 = 0  # enum ggml_type
 
-N_TOKENS, N_TAIL = 512, 32
+N_TOKENS, N_TAIL = 512, 64
 CASES = {"attention": [(7, 224), (20, 160)], "window": [(12, 160)]}  # layer, and its cells
 
 
@@ -88,7 +88,7 @@ def simulated(target, tokens):
 @pytest.mark.parametrize(("scorer", "case"), [(scorer, i) for scorer in CASES for i in range(len(CASES[scorer]))])
 def test_same_cells_as_the_engine(target, engine, simulated, tokens, scorer, case):
     index, n_cells = CASES[scorer][case]
-    assert n_ubatch(n_cells) == 32
+    assert n_ubatch(n_cells) == N_TAIL
     last = simulated[scorer].held[target.layer_ids[index]][case][-1]
     ours = set(last.pos.tolist()) | set(range(last.start, N_TOKENS))
     theirs = held_by_engine(engine, tokens[:N_TOKENS], index, n_cells, scorer)

@@ -26,10 +26,33 @@ uint32_t llm_graph_kv_depth_n_nodes(const llama_hparams & hparams) {
 // the position of an empty cell relative to the ubatch: no token reaches it
 static constexpr float pos_kv_empty = 1e9f;
 
+// elements between the inputs of two layers are a multiple of this: backends want their views aligned
+static constexpr size_t n_align_view = 128;
+
+// the backend that computes what lies in the buffer of a tensor, nullptr if that is host memory
+static ggml_backend_t llm_graph_backend_of(ggml_backend_sched_t sched, const ggml_tensor * t) {
+    auto * buft = ggml_backend_buffer_get_type(t->buffer);
+
+    if (ggml_backend_buft_is_host(buft)) {
+        return nullptr;
+    }
+
+    for (int i = 0; i < ggml_backend_sched_get_n_backends(sched); ++i) {
+        auto * backend = ggml_backend_sched_get_backend(sched, i);
+
+        if (ggml_backend_supports_buft(backend, buft)) {
+            return backend;
+        }
+    }
+
+    return nullptr;
+}
+
 llm_graph_input_kv_depth::llm_graph_input_kv_depth(
         const llm_graph_context            & graph,
         const llama_kv_cache_depth_context * mctx) : mctx(mctx) {
-    const auto & sinfo = mctx->get_sinfo();
+    const auto & sinfo  = mctx->get_sinfo();
+    const auto & layers = mctx->get_kv()->get_layers();
 
     auto * ctx0 = graph.ctx0;
 
@@ -44,93 +67,158 @@ llm_graph_input_kv_depth::llm_graph_input_kv_depth(
 
     GGML_ASSERT(sinfo.n_tps == 0 || sinfo.n_tps == n_tps);
 
-    const size_t n_layers = n_kv.size();
+    attn.resize(n_kv.size());
 
-    attn.resize(n_layers);
+    const bool host_mask = n_tps*n_stream <= n_tokens_mask_host;
 
-    size_t n_kv_all = 0;
-    for (const uint32_t n : n_kv) {
-        offs.push_back(n_kv_all);
-        n_kv_all += n;
+    std::vector<size_t> n_mask; // [n_devices]
+
+    for (uint32_t i = 0; i < n_kv.size(); ++i) {
+        auto * backend = llm_graph_backend_of(graph.sched, layers[i].k);
+
+        uint32_t i_device = 0;
+        while (i_device < devices.size() && devices[i_device].backend != backend) {
+            i_device++;
+        }
+        if (i_device == devices.size()) {
+            devices.emplace_back();
+            devices.back().backend = backend;
+            n_mask.push_back(0);
+        }
+
+        layer_idxs.push_back({ i_device, (uint32_t) devices[i_device].layers.size(), n_mask[i_device], nullptr, nullptr });
+
+        devices[i_device].layers.push_back(i);
+        n_mask[i_device] += GGML_PAD((size_t) n_kv[i]*n_stream*(host_mask ? n_tps : 1), n_align_view);
     }
 
-    const auto add_input = [&](ggml_tensor * cur, const char * name) {
-        ggml_set_input(cur);
-        ggml_set_name(cur, name);
-        return cur;
-    };
+    for (size_t i = 0; i < devices.size(); ++i) {
+        auto & dev = devices[i];
 
-    rows   = add_input(ggml_new_tensor_3d(ctx0, GGML_TYPE_I64, n_tps, n_stream, n_layers), "attn_inp_depth_rows");
-    q_idxs = add_input(ggml_new_tensor_1d(ctx0, GGML_TYPE_I32, n_q*n_stream), "attn_inp_depth_q_idxs");
-    q_rows = add_input(ggml_new_tensor_1d(ctx0, GGML_TYPE_I64, n_q*n_stream), "attn_inp_depth_q_rows");
+        const auto add_input = [&](ggml_tensor * cur, const char * name) {
+            ggml_set_input(cur);
+            ggml_format_name(cur, "attn_inp_depth_%s_%zu", name, i);
+            if (dev.backend) {
+                ggml_backend_sched_set_tensor_backend(graph.sched, cur, dev.backend);
+            }
+            return cur;
+        };
 
-    if (n_tps*n_stream <= n_tokens_mask_host) {
-        kq_mask = add_input(ggml_new_tensor_1d(ctx0, GGML_TYPE_F32, n_kv_all*n_tps*n_stream), "attn_inp_depth_kq_mask");
-    } else {
-        pos_kv  = add_input(ggml_new_tensor_1d(ctx0, GGML_TYPE_F32, n_kv_all*n_stream), "attn_inp_depth_pos_kv");
-        pos_tok = add_input(ggml_new_tensor_4d(ctx0, GGML_TYPE_F32, 1, n_tps, 1, n_stream), "attn_inp_depth_pos_tok");
+        dev.rows   = add_input(ggml_new_tensor_2d(ctx0, GGML_TYPE_I64, GGML_PAD((size_t) n_tps*n_stream, n_align_view), dev.layers.size()), "rows");
+        dev.q_idxs = add_input(ggml_new_tensor_1d(ctx0, GGML_TYPE_I32, n_q*n_stream), "q_idxs");
+        dev.q_rows = add_input(ggml_new_tensor_1d(ctx0, GGML_TYPE_I64, n_q*n_stream), "q_rows");
+
+        if (host_mask) {
+            dev.kq_mask = add_input(ggml_new_tensor_1d(ctx0, graph.cparams.flash_attn ? GGML_TYPE_F16 : GGML_TYPE_F32, n_mask[i]), "kq_mask");
+        } else {
+            dev.pos_kv  = add_input(ggml_new_tensor_1d(ctx0, GGML_TYPE_F32, n_mask[i]), "pos_kv");
+            dev.pos_tok = add_input(ggml_new_tensor_4d(ctx0, GGML_TYPE_F32, 1, n_tps, 1, n_stream), "pos_tok");
+        }
+    }
+
+    // backends store K together with its rotation where the one node follows the other, with nothing but the view of it between.
+    // so the views that storing it needs are in the graph before
+    for (uint32_t i = 0; i < layer_idxs.size(); ++i) {
+        auto & layer = layer_idxs[i];
+
+        ggml_tensor * rows = devices[layer.i_device].rows;
+
+        layer.rows = ggml_view_3d(ctx0, rows, n_tps, 1, n_stream, n_tps*sizeof(int64_t), n_tps*sizeof(int64_t), layer.i_rows*rows->nb[1]);
+        layer.k    = view_streams(graph, layers[i].k);
+
+        ggml_build_forward_expand(graph.gf, layer.rows);
+        ggml_build_forward_expand(graph.gf, layer.k);
     }
 }
 
-void llm_graph_input_kv_depth::set_input(const llama_ubatch * ubatch) {
+ggml_tensor * llm_graph_input_kv_depth::view_streams(const llm_graph_context & graph, ggml_tensor * t) const {
+    return t->ne[2] == 1 ? t : ggml_view_4d(graph.ctx0, t, t->ne[0], t->ne[1], 1, n_stream, t->nb[1], t->nb[2], t->nb[2], s0*t->nb[2]);
+}
+
+template <typename T>
+void llm_graph_input_kv_depth::set_kq_mask(T * dst, const device_inputs & dev, const llama_ubatch & ubatch, T allowed, T masked) const {
+    const auto & layers = mctx->get_kv()->get_layers();
+
+    for (const uint32_t i : dev.layers) {
+        T * row = dst + layer_idxs[i].offs;
+
+        for (uint32_t s = 0; s < n_stream; ++s) {
+            const llama_pos * pos = layers[i].cells[s0 + s].pos_data();
+
+            for (uint32_t t = 0; t < n_tps; ++t) {
+                const llama_pos p = ubatch.pos[s*n_tps + t];
+
+                for (uint32_t j = 0; j < n_kv[i]; ++j) {
+                    // as unsigned, the -1 of an empty cell is in the future
+                    row[j] = (uint32_t) pos[j] <= (uint32_t) p ? allowed : masked;
+                }
+
+                row += n_kv[i];
+            }
+        }
+    }
+}
+
+void llm_graph_input_kv_depth::set_input_device(const device_inputs & dev, const llama_ubatch & ubatch) const {
     const auto & sinfo  = mctx->get_sinfo();
     const auto & layers = mctx->get_kv()->get_layers();
 
-    GGML_ASSERT(sinfo.n_tps == n_tps && sinfo.n_stream == n_stream);
-
-    mctx->get_kv()->set_attn(attn);
+    // the graph before this one may still read them
+    if (dev.backend) {
+        ggml_backend_synchronize(dev.backend);
+    }
 
     // a model may build a graph that leaves out a layer or its queries
-    if (rows->buffer) {
-        std::vector<int64_t> data(sinfo.rows.begin(), sinfo.rows.end());
-        ggml_backend_tensor_set(rows, data.data(), 0, ggml_nbytes(rows));
+    if (dev.rows->buffer) {
+        const uint32_t n_tokens = n_tps*n_stream;
+
+        std::vector<int64_t> data(ggml_nelements(dev.rows));
+        for (size_t i = 0; i < dev.layers.size(); ++i) {
+            std::copy_n(sinfo.rows.begin() + dev.layers[i]*n_tokens, n_tokens, data.begin() + i*dev.rows->ne[0]);
+        }
+        ggml_backend_tensor_set(dev.rows, data.data(), 0, ggml_nbytes(dev.rows));
     }
 
-    if (q_idxs->buffer) {
+    if (dev.q_idxs->buffer) {
         std::vector<int32_t> data(sinfo.q_idxs.begin(), sinfo.q_idxs.end());
-        ggml_backend_tensor_set(q_idxs, data.data(), 0, ggml_nbytes(q_idxs));
+        ggml_backend_tensor_set(dev.q_idxs, data.data(), 0, ggml_nbytes(dev.q_idxs));
     }
 
-    if (q_rows->buffer) {
+    if (dev.q_rows->buffer) {
         std::vector<int64_t> data(n_q*n_stream);
         for (uint32_t i = 0; i < n_q*n_stream; ++i) {
             data[i] = (s0 + i/n_q)*llama_kv_n_query + sinfo.q_rows[i];
         }
-        ggml_backend_tensor_set(q_rows, data.data(), 0, ggml_nbytes(q_rows));
+        ggml_backend_tensor_set(dev.q_rows, data.data(), 0, ggml_nbytes(dev.q_rows));
     }
 
-    if (kq_mask && kq_mask->buffer) {
-        GGML_ASSERT(ggml_backend_buffer_is_host(kq_mask->buffer));
+    if (dev.kq_mask && dev.kq_mask->buffer) {
+        const bool is_host = ggml_backend_buffer_is_host(dev.kq_mask->buffer);
 
-        float * dst = (float *) kq_mask->data;
+        std::vector<uint8_t> data(is_host ? 0 : ggml_nbytes(dev.kq_mask));
 
-        for (size_t i = 0; i < layers.size(); ++i) {
-            for (uint32_t s = 0; s < n_stream; ++s) {
-                const llama_pos * pos = layers[i].cells[s0 + s].pos_data();
+        void * dst = is_host ? dev.kq_mask->data : data.data();
 
-                for (uint32_t t = 0; t < n_tps; ++t) {
-                    const llama_pos p = ubatch->pos[s*n_tps + t];
+        if (dev.kq_mask->type == GGML_TYPE_F16) {
+            set_kq_mask((ggml_fp16_t *) dst, dev, ubatch, ggml_fp32_to_fp16(0.0f), ggml_fp32_to_fp16(-INFINITY));
+        } else {
+            set_kq_mask((float *) dst, dev, ubatch, 0.0f, -INFINITY);
+        }
 
-                    for (uint32_t j = 0; j < n_kv[i]; ++j) {
-                        // as unsigned, the -1 of an empty cell is in the future
-                        dst[j] = (uint32_t) pos[j] <= (uint32_t) p ? 0.0f : -INFINITY;
-                    }
-
-                    dst += n_kv[i];
-                }
-            }
+        if (!is_host) {
+            ggml_backend_tensor_set(dev.kq_mask, data.data(), 0, data.size());
         }
     }
 
-    if (pos_kv && pos_kv->buffer) {
-        std::vector<float> data(ggml_nelements(pos_kv));
+    if (dev.pos_kv && dev.pos_kv->buffer) {
+        std::vector<float> data(ggml_nelements(dev.pos_kv), pos_kv_empty);
 
-        float * dst = data.data();
+        for (const uint32_t i : dev.layers) {
+            float * dst = data.data() + layer_idxs[i].offs;
 
-        for (size_t i = 0; i < layers.size(); ++i) {
             for (uint32_t s = 0; s < n_stream; ++s) {
                 const llama_pos * pos = layers[i].cells[s0 + s].pos_data();
-                const llama_pos   p0  = ubatch->pos[s*n_tps];
+                const llama_pos   p0  = ubatch.pos[s*n_tps];
 
                 for (uint32_t j = 0; j < n_kv[i]; ++j) {
                     dst[j] = pos[j] < 0 ? pos_kv_empty : (float) (pos[j] - p0);
@@ -140,14 +228,26 @@ void llm_graph_input_kv_depth::set_input(const llama_ubatch * ubatch) {
             }
         }
 
-        ggml_backend_tensor_set(pos_kv, data.data(), 0, ggml_nbytes(pos_kv));
+        ggml_backend_tensor_set(dev.pos_kv, data.data(), 0, ggml_nbytes(dev.pos_kv));
 
         data.resize(n_tps*n_stream);
         for (uint32_t t = 0; t < n_tps*n_stream; ++t) {
-            data[t] = ubatch->pos[t] - ubatch->pos[t/n_tps*n_tps];
+            data[t] = ubatch.pos[t] - ubatch.pos[t/n_tps*n_tps];
         }
 
-        ggml_backend_tensor_set(pos_tok, data.data(), 0, ggml_nbytes(pos_tok));
+        ggml_backend_tensor_set(dev.pos_tok, data.data(), 0, ggml_nbytes(dev.pos_tok));
+    }
+}
+
+void llm_graph_input_kv_depth::set_input(const llama_ubatch * ubatch) {
+    const auto & sinfo = mctx->get_sinfo();
+
+    GGML_ASSERT(sinfo.n_tps == n_tps && sinfo.n_stream == n_stream);
+
+    mctx->get_kv()->set_attn(attn);
+
+    for (const auto & dev : devices) {
+        set_input_device(dev, *ubatch);
     }
 
     for (auto & [_, rot] : rots) {
@@ -178,20 +278,24 @@ bool llm_graph_input_kv_depth::can_reuse(const llm_graph_params & params) {
 ggml_tensor * llm_graph_input_kv_depth::build_kq_mask(const llm_graph_context & graph, uint32_t i) const {
     auto * ctx0 = graph.ctx0;
 
+    const auto & dev  = devices[layer_idxs[i].i_device];
+    const size_t offs = layer_idxs[i].offs;
+
+    if (dev.kq_mask) {
+        const size_t nb0 = ggml_type_size(dev.kq_mask->type);
+        const size_t nb1 = n_kv[i]*nb0;
+
+        return ggml_view_4d(ctx0, dev.kq_mask, n_kv[i], n_tps, 1, n_stream, nb1, nb1*n_tps, nb1*n_tps, offs*nb0);
+    }
+
     const size_t nb1 = n_kv[i]*sizeof(float);
 
-    ggml_tensor * res;
-
-    if (kq_mask) {
-        res = ggml_view_4d(ctx0, kq_mask, n_kv[i], n_tps, 1, n_stream, nb1, nb1*n_tps, nb1*n_tps, offs[i]*n_tps*n_stream*sizeof(float));
-    } else {
-        // cells in the future of the token get a large negative number
-        res = ggml_view_4d(ctx0, pos_kv, n_kv[i], 1, 1, n_stream, nb1, nb1, nb1, offs[i]*n_stream*sizeof(float));
-        res = ggml_repeat_4d     (ctx0, res, n_kv[i], n_tps, 1, n_stream);
-        res = ggml_sub_inplace   (ctx0, res, pos_tok);
-        res = ggml_relu_inplace  (ctx0, res);
-        res = ggml_scale_inplace (ctx0, res, -1e30f);
-    }
+    // cells in the future of the token get a large negative number
+    ggml_tensor * res = ggml_view_4d(ctx0, dev.pos_kv, n_kv[i], 1, 1, n_stream, nb1, nb1, nb1, offs*sizeof(float));
+    res = ggml_repeat_4d     (ctx0, res, n_kv[i], n_tps, 1, n_stream);
+    res = ggml_sub_inplace   (ctx0, res, dev.pos_tok);
+    res = ggml_relu_inplace  (ctx0, res);
+    res = ggml_scale_inplace (ctx0, res, -1e30f);
 
     // flash attention requires an f16 mask
     return graph.cparams.flash_attn ? ggml_cast(ctx0, res, GGML_TYPE_F16) : res;
@@ -323,6 +427,9 @@ ggml_tensor * llm_graph_input_kv_depth::build_attn(
     k_cur = build_rot(graph, k_cur, layer.n_rot_k);
     v_cur = build_rot(graph, v_cur, layer.n_rot_v);
 
+    const auto & dev  = devices[layer_idxs[i].i_device];
+    auto       * idxs = layer_idxs[i].rows;
+
     // these nodes are added to the graph together so that they are not reordered
     ggml_build_forward_expand(gf, q_cur);
     if (v_cur) {
@@ -334,8 +441,6 @@ ggml_tensor * llm_graph_input_kv_depth::build_attn(
 
     // store K and V, [n_embd, n_cells, n_stream] <- [n_embd, n_tps, n_stream]
 
-    ggml_tensor * idxs = ggml_view_3d(ctx0, rows, n_tps, 1, n_stream, rows->nb[1], rows->nb[1], i*rows->nb[2]);
-
     // heads are rows of one matrix, contiguous in memory
     const auto merge_heads = [&](ggml_tensor * cur) {
         if (ggml_row_size(cur->type, cur->ne[0]) != cur->nb[1]) {
@@ -345,11 +450,7 @@ ggml_tensor * llm_graph_input_kv_depth::build_attn(
     };
 
     if (k_cur) {
-        ggml_tensor * k = layer.k;
-
-        k = ggml_view_4d(ctx0, k, k->ne[0], n_cells, 1, n_stream, k->nb[1], k->nb[2], k->nb[2], s0*k->nb[2]);
-
-        ggml_build_forward_expand(gf, ggml_set_rows(ctx0, k, merge_heads(k_cur), idxs));
+        ggml_build_forward_expand(gf, ggml_set_rows(ctx0, layer_idxs[i].k, merge_heads(k_cur), idxs));
     }
 
     if (v_cur) {
@@ -364,7 +465,7 @@ ggml_tensor * llm_graph_input_kv_depth::build_attn(
             v     = ggml_view_4d(ctx0, v, 1, n_cells, v->ne[0], n_stream, size_el, n_cells*size_el, v->nb[2], s0*v->nb[2]);
             v_cur = ggml_view_4d(ctx0, v_cur, 1, n_tps, v_cur->ne[0], n_stream, v_cur->nb[1], v_cur->nb[0], v_cur->nb[3], 0);
         } else {
-            v = ggml_view_4d(ctx0, v, v->ne[0], n_cells, 1, n_stream, v->nb[1], v->nb[2], v->nb[2], s0*v->nb[2]);
+            v = view_streams(graph, v);
         }
 
         ggml_build_forward_expand(gf, ggml_set_rows(ctx0, v, v_cur, idxs));
@@ -383,12 +484,15 @@ ggml_tensor * llm_graph_input_kv_depth::build_attn(
         q = ggml_view_2d(ctx0, q, n_embd_k*n_head, n_tokens, q->nb[2], 0);
 
         if (n_q != n_tps) {
-            q = ggml_get_rows(ctx0, q, q_idxs);
+            q = ggml_get_rows(ctx0, q, dev.q_idxs);
         }
 
-        ggml_tensor * dst = ggml_view_2d(ctx0, layer.q, layer.q->ne[0], layer.q->ne[1]*layer.q->ne[2], layer.q->nb[1], 0);
+        ggml_tensor * dst = layer.q;
+        if (dst->ne[2] > 1) {
+            dst = ggml_view_2d(ctx0, dst, dst->ne[0], dst->ne[1]*dst->ne[2], dst->nb[1], 0);
+        }
 
-        ggml_build_forward_expand(gf, ggml_set_rows(ctx0, dst, q, q_rows));
+        ggml_build_forward_expand(gf, ggml_set_rows(ctx0, dst, q, dev.q_rows));
     }
 
     // attend

@@ -40,16 +40,27 @@ public:
     std::unique_ptr<llm_graph_input_attn_kv> inp_attn;
 
 private:
-    ggml_tensor * rows   = nullptr; // I64 [n_tps, n_stream, n_layers]
-    ggml_tensor * q_idxs = nullptr; // I32 [n_q*n_stream]
-    ggml_tensor * q_rows = nullptr; // I64 [n_q*n_stream]
+    // inputs of the layers on one device. views of them go into the graph, and of a tensor on another device the scheduler would
+    // copy each view apart, after waiting each time: some 60 for a token
+    struct device_inputs {
+        // nullptr: host memory, and the scheduler decides
+        ggml_backend_t backend = nullptr;
 
-    // few tokens: the mask of each layer
-    ggml_tensor * kq_mask = nullptr; // F32 [sum over layers of n_kv*n_tps*n_stream]
+        std::vector<uint32_t> layers; // indices of the layers
 
-    // many tokens: what is needed to build it, positions relative to the first token of the sequence in the ubatch
-    ggml_tensor * pos_kv  = nullptr; // F32 [sum over layers of n_kv*n_stream]
-    ggml_tensor * pos_tok = nullptr; // F32 [1, n_tps, 1, n_stream]
+        ggml_tensor * rows   = nullptr; // I64 [n_rows, n_layers] the first n_tps*n_stream of each layer
+        ggml_tensor * q_idxs = nullptr; // I32 [n_q*n_stream]
+        ggml_tensor * q_rows = nullptr; // I64 [n_q*n_stream]
+
+        // few tokens: the mask of each layer, as flash attention or the softmax wants it
+        ggml_tensor * kq_mask = nullptr; // F16 or F32 [sum over layers of n_kv*n_tps*n_stream, padded]
+
+        // many tokens: what is needed to build it, positions relative to the first token of the sequence in the ubatch
+        ggml_tensor * pos_kv  = nullptr; // F32 [sum over layers of n_kv*n_stream, padded]
+        ggml_tensor * pos_tok = nullptr; // F32 [1, n_tps, 1, n_stream]
+    };
+
+    std::vector<device_inputs> devices;
 
     // what each layer attends with
     std::vector<llama_kv_cache_depth::attn_params> attn; // [n_layers]
@@ -65,11 +76,30 @@ private:
     bool     evicted  = false;
 
     std::vector<uint32_t> n_kv; // [n_layers]
-    std::vector<size_t>   offs; // [n_layers] first row of the layer, summed over the layers before it
+
+    // where the layer is in the inputs of its device
+    struct layer_inputs {
+        uint32_t i_device;
+        uint32_t i_rows;
+        size_t   offs; // of the mask or the positions, in elements
+
+        ggml_tensor * rows = nullptr; // I64 [n_tps, 1, n_stream]
+        ggml_tensor * k    = nullptr; // K of the streams of the ubatch
+    };
+
+    std::vector<layer_inputs> layer_idxs; // [n_layers]
 
     const llama_kv_cache_depth_context * mctx;
 
+    void set_input_device(const device_inputs & dev, const llama_ubatch & ubatch) const;
+
+    template <typename T>
+    void set_kq_mask(T * dst, const device_inputs & dev, const llama_ubatch & ubatch, T allowed, T masked) const;
+
     ggml_tensor * build_kq_mask(const llm_graph_context & graph, uint32_t i) const;
+
+    // the streams of the ubatch, [n, n_rows, 1, n_stream]
+    ggml_tensor * view_streams(const llm_graph_context & graph, ggml_tensor * t) const;
 
     ggml_tensor * build_attn_tok(
             const llm_graph_context & graph,

@@ -927,6 +927,56 @@ static void test_bounded() {
     CHECK(llama_decode(ctx.get(), llama_batch_get_one(const_cast<llama_token *>(more.data()), 32)) == 1);
 }
 
+// the graph of one token is hardly larger than that of stock, and lets a backend store K together with its rotation
+static void test_graph() {
+    for (const bool fa : { false, true }) {
+        std::vector<ggml_op> ops[2];
+
+        for (const bool is_depth : { false, true }) {
+            auto cparams = llama_context_default_params();
+
+            cparams.n_ctx             = 256;
+            cparams.n_batch           = 128;
+            cparams.n_threads         = 2;
+            cparams.n_threads_batch   = 2;
+            cparams.flash_attn_type   = fa ? LLAMA_FLASH_ATTN_TYPE_ENABLED : LLAMA_FLASH_ATTN_TYPE_DISABLED;
+            cparams.cb_eval_user_data = &ops[is_depth];
+            cparams.cb_eval           = [](ggml_tensor * t, bool ask, void * data) {
+                if (ask) {
+                    ((std::vector<ggml_op> *) data)->push_back(t->op);
+                }
+                return false;
+            };
+
+            auto depth = llama_depthkv_default_params();
+            depth.budget = "0.5";
+
+            context_ptr ctx(is_depth ? llama_depthkv_init_from_model(model, cparams, depth) : llama_init_from_model(model, cparams), llama_free);
+            CHECK(ctx);
+
+            const auto t = make_tokens(200, 5);
+            for (const int i : { 0, 100 }) {
+                decode(ctx.get(), {{ 0, { t.begin() + i, t.begin() + i + 100 } }}, i);
+            }
+
+            ops[is_depth].clear();
+            decode(ctx.get(), {{ 0, { t[0] } }}, 200);
+        }
+
+        const auto count_fused = [](const std::vector<ggml_op> & nodes) {
+            int res = 0;
+            for (size_t i = 2; i < nodes.size(); ++i) {
+                res += nodes[i - 2] == GGML_OP_ROPE && nodes[i - 1] == GGML_OP_VIEW && nodes[i] == GGML_OP_SET_ROWS;
+            }
+            return res;
+        };
+
+        CHECK(count_fused(ops[0]) == llama_depthkv_layer_count(model));
+        CHECK(count_fused(ops[1]) == llama_depthkv_layer_count(model));
+        CHECK(ops[1].size() <= 1.15*ops[0].size());
+    }
+}
+
 // a plan that cannot be is one line, not a crash
 static void test_bad_plans() {
     auto cparams = llama_context_default_params();
@@ -1005,6 +1055,7 @@ int main(int argc, char ** argv) {
     test_pins_ubatch();
     test_seq_keep();
     test_bounded();
+    test_graph();
     test_bad_plans();
     test_div();
     if (test_on_cpu()) { // the other backends do not ask whether to go on

@@ -213,8 +213,8 @@ class Llama(llama_cpp.Llama):
         """Never evict positions [p0, p1) of a sequence. Removing the tokens removes the pin.
 
         Raises:
-            DepthKVError: the pinned tokens would leave no room for the recent window and 32 tokens more, a position or the
-                sequence does not exist, or the model has been closed.
+            DepthKVError: the pinned tokens would leave no room for the recent window and 32 tokens more, a position or
+                the sequence does not exist, or the model has been closed.
         """
         begin, end = (check_number(name, p, -1) for name, p in (("p0", p0), ("p1", p1)))
         if not capi.llama_depthkv_pin(self.ctx, self._check_sequence(seq_id), begin, end):

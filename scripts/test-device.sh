@@ -50,7 +50,7 @@ print(*(each.getsockname()[1] for each in sockets))") || exit 1
         DEPTHKV_TEST_RPC=${DEPTHKV_TEST_RPC:+$DEPTHKV_TEST_RPC,}127.0.0.1:$port
     done
     export DEPTHKV_TEST_RPC
-    sleep 1
+    sleep 2
     devices=RPC0
     on RPC0,RPC1 depth-device
 fi

@@ -26,28 +26,6 @@ uint32_t llm_graph_kv_depth_n_nodes(const llama_hparams & hparams) {
 // the position of an empty cell relative to the ubatch: no token reaches it
 static constexpr float pos_kv_empty = 1e9f;
 
-// elements between the inputs of two layers are a multiple of this: backends want their views aligned
-static constexpr size_t n_align_view = 128;
-
-// the backend that computes what lies in the buffer of a tensor, nullptr if that is host memory
-static ggml_backend_t llm_graph_backend_of(ggml_backend_sched_t sched, const ggml_tensor * t) {
-    auto * buft = ggml_backend_buffer_get_type(t->buffer);
-
-    if (ggml_backend_buft_is_host(buft)) {
-        return nullptr;
-    }
-
-    for (int i = 0; i < ggml_backend_sched_get_n_backends(sched); ++i) {
-        auto * backend = ggml_backend_sched_get_backend(sched, i);
-
-        if (ggml_backend_supports_buft(backend, buft)) {
-            return backend;
-        }
-    }
-
-    return nullptr;
-}
-
 llm_graph_input_kv_depth::llm_graph_input_kv_depth(
         const llm_graph_context            & graph,
         const llama_kv_cache_depth_context * mctx) : mctx(mctx) {
@@ -74,7 +52,7 @@ llm_graph_input_kv_depth::llm_graph_input_kv_depth(
     std::vector<size_t> n_mask; // [n_devices]
 
     for (uint32_t i = 0; i < n_kv.size(); ++i) {
-        auto * backend = llm_graph_backend_of(graph.sched, layers[i].k);
+        auto * backend = llama_kv_depth_backend_of(graph.sched, layers[i].k);
 
         uint32_t i_device = 0;
         while (i_device < devices.size() && devices[i_device].backend != backend) {
@@ -89,7 +67,7 @@ llm_graph_input_kv_depth::llm_graph_input_kv_depth(
         layer_idxs.push_back({ i_device, (uint32_t) devices[i_device].layers.size(), n_mask[i_device], nullptr, nullptr });
 
         devices[i_device].layers.push_back(i);
-        n_mask[i_device] += GGML_PAD((size_t) n_kv[i]*n_stream*(host_mask ? n_tps : 1), n_align_view);
+        n_mask[i_device] += GGML_PAD((size_t) n_kv[i]*n_stream*(host_mask ? n_tps : 1), llama_kv_depth_n_align_view);
     }
 
     for (size_t i = 0; i < devices.size(); ++i) {
@@ -104,7 +82,7 @@ llm_graph_input_kv_depth::llm_graph_input_kv_depth(
             return cur;
         };
 
-        dev.rows   = add_input(ggml_new_tensor_2d(ctx0, GGML_TYPE_I64, GGML_PAD((size_t) n_tps*n_stream, n_align_view), dev.layers.size()), "rows");
+        dev.rows   = add_input(ggml_new_tensor_2d(ctx0, GGML_TYPE_I64, GGML_PAD((size_t) n_tps*n_stream, llama_kv_depth_n_align_view), dev.layers.size()), "rows");
         dev.q_idxs = add_input(ggml_new_tensor_1d(ctx0, GGML_TYPE_I32, n_q*n_stream), "q_idxs");
         dev.q_rows = add_input(ggml_new_tensor_1d(ctx0, GGML_TYPE_I64, n_q*n_stream), "q_rows");
 

@@ -138,8 +138,9 @@ bool llama_kv_cache_depth::update() {
 }
 
 size_t llama_kv_cache_depth::max_nodes() const {
-    // of all layers: with a larger graph the scheduler would have to be made anew, without what has been reserved
-    size_t res = shift_graph::max_nodes;
+    // of all layers: with a larger graph the scheduler would have to be made anew, without what has been reserved.
+    // some layers are scored together, each start costs a GPU more than the layer. the scheduler's tables grow with the nodes
+    size_t res = std::max<size_t>(shift_graph::max_nodes, 2048);
     for (const auto & layer : layers) {
         res = std::max(res, attn_graph::max_nodes(hparams.n_head_kv(layer.il)));
     }
@@ -149,26 +150,40 @@ size_t llama_kv_cache_depth::max_nodes() const {
 void llama_kv_cache_depth::reserve(llama_context * lctx) {
     this->lctx = lctx;
 
+    // the largest layers that can be scored together
+    std::vector<const kv_layer *> largest;
     for (const auto & layer : layers) {
-        attn_graph  graph_attn;
-        shift_graph graph_shift;
+        if (layer.q) {
+            largest.push_back(&layer);
+        }
+    }
+    std::stable_sort(largest.begin(), largest.end(), [&](const kv_layer * a, const kv_layer * b) {
+        return (uint64_t) a->n_cells*hparams.n_head(a->il) > (uint64_t) b->n_cells*hparams.n_head(b->il);
+    });
+    largest.resize(n_attn_layers(largest, 0));
 
-        const auto attn = [&](ggml_context * ctx, ggml_cgraph * gf) {
-            build_attn(ctx, gf, layer, 0, layer.n_cells, graph_attn);
-        };
+    attn_pass pass;
+    init_attn(pass, largest, 0, true);
+
+    const auto attn = [&](ggml_context * ctx, ggml_cgraph * gf) {
+        build_attn(ctx, gf, pass);
+    };
+
+    bool ok = largest.empty() || sched.reserve(lctx->get_sched(), max_nodes(), hparams.no_alloc, attn);
+
+    for (const auto & layer : layers) {
+        shift_graph graph_shift;
 
         const auto shift = [&](ggml_context * ctx, ggml_cgraph * gf) {
             build_shift(ctx, gf, layer, 0, 0, std::min(shift_graph::n_cells, layer.n_cells), graph_shift);
         };
 
-        const bool can_rotate = get_can_shift() && has_rope(layer.il);
-
-        const bool ok =
-            (!layer.q    || sched.reserve(lctx->get_sched(), max_nodes(), hparams.no_alloc, attn)) &&
-            (!can_rotate || sched.reserve(lctx->get_sched(), max_nodes(), hparams.no_alloc, shift));
-
-        if (!ok) {
-            throw std::runtime_error(format("failed to allocate the buffers that score the %u KV cells of layer %u", layer.n_cells, layer.il));
+        if (get_can_shift() && has_rope(layer.il)) {
+            ok = ok && sched.reserve(lctx->get_sched(), max_nodes(), hparams.no_alloc, shift);
         }
+    }
+
+    if (!ok) {
+        throw std::runtime_error(format("failed to allocate the buffers that score the KV cells of %zu layers", layers.size()));
     }
 }

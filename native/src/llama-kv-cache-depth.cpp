@@ -405,37 +405,14 @@ ggml_status llama_kv_cache_depth::apply_ubatch(const llama_ubatch & ubatch, cons
         GGML_ASSERT(ubatch.seq_id_unq[s] == (llama_seq_id) (sinfo.s0 + s));
     }
 
-    const int64_t t_start_us = ggml_time_us();
+    for (uint32_t s = 0; s < n_seqs; ++s) {
+        const uint32_t strm = sinfo.s0 + s;
 
-    bool need_sync = true;
+        const ggml_status status = evict(strm, std::max(sinfo.n_tps, n_room[strm]));
 
-    for (auto & layer : layers) {
-        for (uint32_t s = 0; s < n_seqs; ++s) {
-            const auto & cells = layer.cells[sinfo.s0 + s];
-
-            const uint32_t n_free   = cells.size() - cells.get_used();
-            const uint32_t n_tokens = std::max(sinfo.n_tps, n_room[sinfo.s0 + s]);
-
-            if (n_free >= n_tokens + (layer.q && n_tokens > 1 ? llama_kv_n_warmup : 0)) {
-                continue;
-            }
-
-            // the samples and the cells are written by the previous ubatch, which may still be running
-            if (need_sync) {
-                synchronize();
-                need_sync = false;
-            }
-
-            const ggml_status status = evict(layer, sinfo.s0 + s, n_tokens);
-
-            if (status != GGML_STATUS_SUCCESS) {
-                return status;
-            }
+        if (status != GGML_STATUS_SUCCESS) {
+            return status;
         }
-    }
-
-    if (!need_sync) {
-        stat.t_evict_us += ggml_time_us() - t_start_us;
     }
 
     // place the tokens

@@ -180,8 +180,8 @@ public:
     // allocate what eviction and shifts compute with, called when the backends are known. throws if there is not enough memory
     void reserve(llama_context * lctx);
 
-    // attention of the sampled queries that a layer has not counted yet. attn.pos is empty if there is none
-    ggml_status compute_attn(const kv_layer & layer, uint32_t strm, llama_kv_attn & attn);
+    // attention of the sampled queries that each of some layers has not counted yet
+    ggml_status compute_attn(const std::vector<const kv_layer *> & layers, uint32_t strm, std::vector<llama_kv_attn> & attns);
 
     // fill with an orthonormal Walsh-Hadamard matrix, F32 [n, n] in host memory
     static void set_input_rot(ggml_tensor * dst);
@@ -265,19 +265,31 @@ private:
     // the keys of a layer carry their position
     bool has_rope(uint32_t il) const;
 
-    ggml_status evict(kv_layer & layer, uint32_t strm, uint32_t n_tokens);
+    // every layer that lacks room for n_tokens more of a sequence frees it
+    ggml_status evict(uint32_t strm, uint32_t n_tokens);
+
+    // what the sampled queries say is added to the scores of some layers
+    ggml_status count_attn(const std::vector<kv_layer *> & layers, uint32_t strm);
 
     // cells whose key is not a finite number get the lowest score
     void mark_broken(kv_layer & layer, uint32_t strm);
 
     // inputs and outputs of the small graphs
     struct attn_graph;
+    struct attn_pass;
     struct shift_graph;
 
     // of the largest of them
     size_t max_nodes() const;
 
-    void build_attn (ggml_context * ctx, ggml_cgraph * gf, const kv_layer & layer, uint32_t strm, int64_t n_kv, attn_graph & res) const;
+    // is_full: as if the layers were full
+    void init_attn (attn_pass & pass, const std::vector<const kv_layer *> & layers, uint32_t strm, bool is_full) const;
+    void build_attn(ggml_context * ctx, ggml_cgraph * gf, attn_pass & pass);
+    void build_attn(ggml_context * ctx, ggml_cgraph * gf, attn_pass & pass, attn_graph & res);
+
+    // layers from i on that are scored in one graph
+    size_t n_attn_layers(const std::vector<const kv_layer *> & layers, size_t i) const;
+
     void build_shift(ggml_context * ctx, ggml_cgraph * gf, const kv_layer & layer, uint32_t strm, uint32_t i0, uint32_t n, shift_graph & res) const;
 
     // wait for the main graph before its results are read

@@ -4,6 +4,24 @@
 
 #include <algorithm>
 
+ggml_backend_t llama_kv_depth_backend_of(ggml_backend_sched_t sched, const ggml_tensor * t) {
+    auto * buft = ggml_backend_buffer_get_type(t->buffer);
+
+    if (ggml_backend_buft_is_host(buft)) {
+        return nullptr;
+    }
+
+    for (int i = 0; i < ggml_backend_sched_get_n_backends(sched); ++i) {
+        auto * backend = ggml_backend_sched_get_backend(sched, i);
+
+        if (ggml_backend_supports_buft(backend, buft)) {
+            return backend;
+        }
+    }
+
+    return nullptr;
+}
+
 void llama_kv_depth_sched::init(ggml_backend_sched_t sched_main, size_t max_nodes) {
     if (sched && n_nodes >= max_nodes) {
         return;
@@ -34,11 +52,17 @@ ggml_cgraph * llama_kv_depth_sched::build_graph(ggml_context_ptr & ctx, const bu
 
     ctx.reset(ggml_init(params));
 
+    ggml_backend_sched_reset(sched.get());
+
     auto * gf = ggml_new_graph_custom(ctx.get(), n_nodes, false);
 
     build(ctx.get(), gf);
 
     return gf;
+}
+
+void llama_kv_depth_sched::set_backend(ggml_tensor * t, ggml_backend_t backend) {
+    ggml_backend_sched_set_tensor_backend(sched.get(), t, backend);
 }
 
 bool llama_kv_depth_sched::reserve(ggml_backend_sched_t sched_main, size_t max_nodes, bool no_alloc, const build_fn & build) {
@@ -47,8 +71,6 @@ bool llama_kv_depth_sched::reserve(ggml_backend_sched_t sched_main, size_t max_n
     ggml_context_ptr ctx;
 
     auto * gf = build_graph(ctx, build);
-
-    ggml_backend_sched_reset(sched.get());
 
     if (!no_alloc) {
         return ggml_backend_sched_reserve(sched.get(), gf);
@@ -76,8 +98,6 @@ ggml_status llama_kv_depth_sched::compute(ggml_backend_sched_t sched_main, size_
     ggml_context_ptr ctx;
 
     auto * gf = build_graph(ctx, build);
-
-    ggml_backend_sched_reset(sched.get());
 
     if (!ggml_backend_sched_alloc_graph(sched.get(), gf)) {
         LLAMA_LOG_ERROR("%s: failed to allocate the graph\n", __func__);

@@ -7,6 +7,12 @@
 #include <map>
 #include <vector>
 
+// elements between what two layers have in one tensor are a multiple of this: backends want their views aligned
+static constexpr size_t llama_kv_depth_n_align_view = 128;
+
+// the backend that computes what lies in the buffer of a tensor, nullptr if that is host memory
+ggml_backend_t llama_kv_depth_backend_of(ggml_backend_sched_t sched, const ggml_tensor * t);
+
 // a scheduler for small graphs beside the main one
 //
 // going through the scheduler of the context would reset it, lose the reusable main graph and reserve it again each time
@@ -23,6 +29,9 @@ public:
     bool reserve(ggml_backend_sched_t sched, size_t max_nodes, bool no_alloc, const build_fn & build);
 
     ggml_status compute(ggml_backend_sched_t sched, size_t max_nodes, const build_fn & build, const io_fn & set_inputs, const io_fn & get_outputs);
+
+    // while a graph is built: where a tensor of it lies
+    void set_backend(ggml_tensor * t, ggml_backend_t backend);
 
     // bytes of the compute buffers, allocated or counted
     std::map<ggml_backend_buffer_type_t, size_t> memory_breakdown() const;

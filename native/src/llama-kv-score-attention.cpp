@@ -17,8 +17,7 @@
 class llama_kv_score_attention : public llama_kv_score_i {
 public:
     ggml_tensor * build(llama_kv_attn_graph_i & attn) const override {
-        // sum over the queries of a group: [n_kv, 1, n_head_kv]
-        ggml_tensor * mass = ggml_out_prod(attn.ctx, attn.prob, attn.weight);
+        ggml_tensor * mass = attn.build_mass();
 
         ggml_tensor * res = nullptr;
 

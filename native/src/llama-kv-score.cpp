@@ -35,7 +35,7 @@ std::string llama_kv_score_names() {
 }
 
 ggml_tensor * llama_kv_score_i::build(llama_kv_attn_graph_i & attn) const {
-    ggml_tensor * mass = ggml_out_prod(attn.ctx, attn.prob, attn.weight);
+    ggml_tensor * mass = attn.build_mass();
 
     ggml_tensor * res = nullptr;
 

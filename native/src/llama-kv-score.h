@@ -31,6 +31,9 @@ public:
     ggml_tensor * prob   = nullptr; // F32 [n_kv, n_query*n_gqa, n_head_kv] what each query gives to each cell
     ggml_tensor * weight = nullptr; // F32 [1,    n_query*n_gqa, n_head_kv] 1 for a query that counts, 0 for one that does not
 
+    // F32 [n_kv, 1, n_head_kv] what the queries that count give to each cell, summed
+    virtual ggml_tensor * build_mass() = 0;
+
     // values of a KV head, F32 [n_embd_v, n_kv], and the L1 norm of each, F32 [n_kv]
     virtual ggml_tensor * build_v     (int64_t ih) = 0;
     virtual ggml_tensor * build_v_norm(int64_t ih) = 0;

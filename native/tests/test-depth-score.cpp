@@ -132,11 +132,19 @@ static void test_model(const std::string & path) {
     }
     CHECK(llama_decode(ctx, llama_batch_get_one(tokens.data(), n_tokens)) == 0);
 
+    std::vector<const llama_kv_cache_depth::kv_layer *> layers;
     for (const auto & l : kv->get_layers()) {
-        const auto & layer = kv->get_layer(l.il);
+        layers.push_back(&kv->get_layer(l.il));
+    }
 
-        llama_kv_attn attn;
-        CHECK(kv->compute_attn(layer, 0, attn) == GGML_STATUS_SUCCESS);
+    std::vector<llama_kv_attn> attns;
+    CHECK(kv->compute_attn(layers, 0, attns) == GGML_STATUS_SUCCESS);
+    CHECK(attns.size() == layers.size());
+
+    for (size_t il = 0; il < layers.size(); ++il) {
+        const auto & layer = *layers[il];
+        const auto & attn  = attns[il];
+
         CHECK(!attn.pos.empty() && attn.pos.back() == n_tokens - 1);
 
         const auto ref = reference(*model, layer, kv->get_attn(layer), attn.pos);
@@ -148,7 +156,7 @@ static void test_model(const std::string & path) {
             sum += ref[i];
         }
 
-        printf("%-24s layer %u: error %.1e\n", std::filesystem::path(path).stem().string().c_str(), l.il, err/sum);
+        printf("%-24s layer %u: error %.1e\n", std::filesystem::path(path).stem().string().c_str(), layer.il, err/sum);
         CHECK(sum > 0.0 && err < 1e-2*sum);
     }
 

@@ -1,12 +1,13 @@
 #!/bin/sh
-# What a budget costs and saves on a GPU, in some minutes: tests on the device, divergence from the full cache, speed beside the
-# stock cache, memory. Needs a built tree with the tools, and Python 3 without packages.
+# What a budget costs on a GPU, in some minutes: tests on the device, divergence from the full cache, speed beside the stock cache.
+# Needs a built tree with the tools, and Python 3 without packages.
 #   benchmarks/gpu.sh MODEL.gguf [DEVICE]
 # DEVICE: as llama-bench --list-devices shows it, the first one otherwise. BUILD=build/engine, OUT=docs/results/gpu.json,
-# TEXT=a file to read (some 8,192 tokens), DEPTHS=0,8192,32768, BUDGETS="0.9 0.6 0.3" and REPEAT=2 can be set.
+# TEXT=a file to read (some 8,192 tokens), CTX=4096, DEPTHS=0,8192,32768, BUDGETS="0.9 0.6 0.3" and REPEAT=2 can be set, and
+# RPC=HOST:PORT for the device RPC0 of a server there.
 set -eu
 cd "$(dirname "$0")/.."
-[ $# -ge 1 ] || { sed -n '2,6s/^# //p' "$0" >&2; exit 2; }
+[ $# -ge 1 ] || { sed -n '2,7s/^# //p' "$0" >&2; exit 2; }
 model=$1
 bin=${BUILD:-build/engine}/bin
 text=${TEXT:-native/src/llama-kv-cache-depth.cpp}
@@ -14,6 +15,8 @@ depths=${DEPTHS:-0,8192,32768}
 budgets=${BUDGETS:-0.9 0.6 0.3}
 repeat=${REPEAT:-2}
 out=${OUT:-docs/results/gpu.json}
+rpc=${RPC:+--rpc $RPC}
+export DEPTHKV_TEST_RPC="${RPC:-}"
 [ -x "$bin/depth-device" ] || { echo "gpu: there is no $bin/depth-device: build target depthkv-tools" >&2; exit 1; }
 device=${2:-$("$bin/llama-bench" --list-devices 2> /dev/null | sed -n 's/^ *\([^ :]*\):.*/\1/p' | head -n 1)}
 [ -n "$device" ] || { echo "gpu: this build has no device: configure with -DGGML_CUDA=ON or another backend" >&2; exit 1; }
@@ -38,7 +41,8 @@ say "tests done"
 
 # second half of each window, against the stock cache on the same device, with both kernels
 for fa in on off; do
-    perplexity() { "$bin/llama-perplexity" -m "$model" -f "$text" -c 4096 --chunks 2 -ngl 999 -dev "$device" -fa $fa "$@" 2>&1; }
+    # shellcheck disable=SC2086
+    perplexity() { "$bin/llama-perplexity" -m "$model" -f "$text" -c "${CTX:-4096}" --chunks 2 $rpc -ngl 999 -dev "$device" -fa $fa "$@" 2>&1; }
     perplexity --kl-divergence-base "$work/base" > "$work/log" || { tail "$work/log" >&2; exit 1; }
     for budget in $budgets; do
         kl=$(perplexity --kl-divergence-base "$work/base" --kl-divergence --kv-budget "$budget" | sed -n 's/^Mean *KLD: *\([-0-9.]*\).*/\1/p')
@@ -52,7 +56,7 @@ for fa in 1 0; do
     for budget in stock $budgets; do
         [ "$budget" = stock ] && options= || options="--kv-budget $budget"
         # shellcheck disable=SC2086
-        "$bin/llama-bench" -m "$model" -ngl 999 -dev "$device" -fa $fa -p 512 -n 32 -d "$depths" -r "$repeat" -o json $options \
+        "$bin/llama-bench" -m "$model" $rpc -ngl 999 -dev "$device" -fa $fa -p 512 -n 32 -d "$depths" -r "$repeat" -o json $options \
             > "$work/bench-$fa-$budget.json" 2> "$work/log" || { tail "$work/log" >&2; echo "[]" > "$work/bench-$fa-$budget.json"; }
     done
     say "speed with -fa $fa measured"
@@ -72,7 +76,8 @@ for path in sorted(work.glob("bench-*.json")):
                      "stddev": run["stddev_ts"], "card": run["gpu_info"], "commit": run["build_commit"]})
 stock = {(r["flash_attn"], r["what"], r["depth"]): r["tokens_per_second"] for r in rows if r["budget"] == "stock"}
 for row in rows:
-    row["ratio"] = row["tokens_per_second"] / stock[row["flash_attn"], row["what"], row["depth"]]
+    of_stock = stock.get((row["flash_attn"], row["what"], row["depth"]))  # none: it failed, and said why
+    row["ratio"] = row["tokens_per_second"] / of_stock if of_stock else None
 report = {"device": device, "model": pathlib.Path(model).name, "date": time.strftime("%Y-%m-%d"), "tests": tests, "kl": kl, "speed": rows}
 pathlib.Path(out).write_text(json.dumps(report, indent=1) + "\n")
 for name, result in tests.items():
@@ -80,7 +85,7 @@ for name, result in tests.items():
 for each in kl:
     print(f"KL at {each['budget']}, flash attention {each['flash_attn']}: {each['kl']}")
 for row in rows:
-    print(f"{row['what']} at {row['depth']:>6}, -fa {row['flash_attn']}, {row['budget']:>5}: {row['tokens_per_second']:>9.1f} tokens/s, {row['ratio']:.2f} of stock")
+    print(f"{row['what']} at {row['depth']:>6}, -fa {row['flash_attn']}, {row['budget']:>5}: {row['tokens_per_second']:>9.1f} tokens/s, {row['ratio'] or 0:.2f} of stock")
 EOF
 say "written to $out"
 grep -q failed "$work/tests" && exit 1 || exit 0

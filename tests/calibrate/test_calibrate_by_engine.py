@@ -106,7 +106,7 @@ finally:
 
 def test_a_layer_that_forgets(window, model):
     """More is lost the less is kept, nothing where all is, and each measurement begins at the same state."""
-    plans = [LayerCells((cells,) * N_LAYERS) for cells in (480, 256, 128)]
+    plans = [LayerCells((cells,) * N_LAYERS) for cells in (480, 320, 96)]
     lost = np.array([[window.lose(i, plan) for plan in plans] for i in LAYERS])
     assert (lost[:, 0] == 0).all()
     assert (lost[:, 2] > lost[:, 1]).all() and (lost[:, 1] > 0).all()

@@ -27,9 +27,9 @@ N_TOKENS, N_TAIL = 300, 60
 
 @functools.cache
 def opened(family: str, scorer: str = "attention"):
-    """A window of a family with plans of 80 and 150 cells, and of as many as there are tokens."""
+    """A window of a family with plans of 80 and 220 cells, and of as many as there are tokens."""
     target = inspect_model(make_model(family))
-    plans = [LayerCells((n,) * len(target.layer_ids)) for n in (80, 150, N_TOKENS)]
+    plans = [LayerCells((n,) * len(target.layer_ids)) for n in (80, 220, N_TOKENS)]
     return run_tail(prefill(target, make_tokens(N_TOKENS), N_TAIL, scorer, plans))
 
 

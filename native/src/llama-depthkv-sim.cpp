@@ -150,7 +150,7 @@ int32_t llama_depthkv_sim_pending(const llama_depthkv_sim * sim, llama_pos * pos
 }
 
 int32_t llama_depthkv_sim_queries(const llama_depthkv_sim * sim, uint32_t n_tokens, llama_pos * pos, int32_t n) {
-    return llama_kv_evict_is_due(sim->cells, n_tokens) ? llama_depthkv_sim_pending(sim, pos, n) : 0;
+    return llama_kv_evict_is_due(sim->cells, sim->il, n_tokens) ? llama_depthkv_sim_pending(sim, pos, n) : 0;
 }
 
 void llama_depthkv_sim_count(llama_depthkv_sim * sim, const float * mass) {

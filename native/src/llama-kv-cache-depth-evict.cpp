@@ -27,18 +27,15 @@ ggml_status llama_kv_cache_depth::evict(uint32_t strm, uint32_t n_tokens) {
     for (auto & layer : layers) {
         const auto & cells = layer.cells[strm];
 
-        if (cells.size() - cells.get_used() >= n_tokens + (layer.q && n_tokens > 1 ? llama_kv_n_warmup : 0)) {
-            continue;
+        if (cells.size() - cells.get_used() < llama_kv_evict_n_free(cells, layer.il, n_tokens)) {
+            full.push_back(&layer);
         }
-
-        full.push_back(&layer);
-
-        if (layer.q && llama_kv_evict_is_due(cells, n_tokens) && !stream.queries.after(cells.pos_scored).empty()) {
+        if (layer.q && llama_kv_evict_is_due(cells, layer.il, n_tokens) && !stream.queries.after(cells.pos_scored).empty()) {
             due.push_back(&layer);
         }
     }
 
-    if (full.empty()) {
+    if (full.empty() && due.empty()) {
         return GGML_STATUS_SUCCESS;
     }
 

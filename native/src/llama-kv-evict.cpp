@@ -7,6 +7,11 @@
 // tokens freed at once while decoding, so that most steps do not have to evict at all
 static constexpr uint32_t n_evict_batch = 64;
 
+// but not more than a small layer can spare
+static uint32_t llama_kv_evict_n_batch(const llama_kv_depth_cells & cells) {
+    return std::min(n_evict_batch, std::max(cells.size()/32, 1u));
+}
+
 // a ubatch costs capacity: that many cells of every layer are free before it runs. small ones keep more of the past,
 // large ones run faster. half of the smallest layer costs little of either (docs/engine.md)
 // a power of two: batches of the usual sizes are cut into equal parts, at the same places when a sequence goes back
@@ -64,17 +69,41 @@ std::vector<llama_pos> llama_kv_queries::after(llama_pos p) const {
     return res;
 }
 
-bool llama_kv_evict_is_due(const llama_kv_depth_cells & cells, uint32_t n_tokens) {
-    const uint32_t n_free = cells.size() - cells.get_used();
+// 39 and 64 have no common divisor, and their ratio is near the golden one: the turns of any number of layers lie apart
+static uint32_t llama_kv_evict_n_since_turn(const llama_kv_depth_cells & cells, int32_t il) {
+    const uint32_t n_batch = llama_kv_evict_n_batch(cells);
 
-    if (n_free >= n_tokens + (n_tokens > 1 ? llama_kv_n_warmup : 0)) {
-        return false;
+    return (cells.pos_max() + 1 + (il*39u)%64u*n_batch/64u)%n_batch;
+}
+
+uint32_t llama_kv_evict_n_free(const llama_kv_depth_cells & cells, int32_t il, uint32_t n_tokens) {
+    if (n_tokens > 1) {
+        return n_tokens;
     }
 
-    const llama_pos n_new  = cells.pos_max() - cells.pos_scored;
-    const llama_pos n_span = n_tokens > 1 ? llama_kv_n_query_span_pp : llama_kv_n_query_span_tg;
+    const uint32_t n_since = llama_kv_evict_n_since_turn(cells, il);
 
-    return n_new >= n_span || (n_free < n_tokens && !cells.is_scored);
+    // a layer may have room for all that will ever come
+    const bool is_turn = n_since == 0 && cells.n_evicted > 0;
+    const bool is_full = cells.get_used() == cells.size();
+
+    return is_turn || is_full ? llama_kv_evict_n_batch(cells) - n_since : 1;
+}
+
+bool llama_kv_evict_is_due(const llama_kv_depth_cells & cells, int32_t il, uint32_t n_tokens) {
+    const uint32_t  n_free = cells.size() - cells.get_used();
+    const llama_pos n_new  = cells.pos_max() - cells.pos_scored;
+
+    if (n_free < n_tokens && !cells.is_scored) {
+        return true;
+    }
+    if (n_tokens > 1) {
+        return n_free < n_tokens + llama_kv_n_warmup && n_new >= (llama_pos) llama_kv_n_query_span_pp;
+    }
+
+    // in its turn, and before it first has to evict
+    return n_free < llama_kv_evict_n_batch(cells) && llama_kv_evict_n_since_turn(cells, il) == 0 &&
+        (n_new >= (llama_pos) llama_kv_n_query_span_tg || !cells.is_scored);
 }
 
 void llama_kv_evict_count(const llama_kv_score_i & score, llama_kv_depth_cells & cells, const llama_kv_attn & attn) {
@@ -93,8 +122,9 @@ std::vector<uint32_t> llama_kv_evict_select(
         uint32_t                     n_recent,
         uint32_t                     n_tokens) {
     const uint32_t n_free = cells.size() - cells.get_used();
+    const uint32_t n_need = llama_kv_evict_n_free(cells, il, n_tokens);
 
-    if (n_free >= n_tokens) {
+    if (n_free >= n_need) {
         return {};
     }
 
@@ -108,8 +138,12 @@ std::vector<uint32_t> llama_kv_evict_select(
         }
     }
 
-    // a few cells more than needed while decoding, but not more than a small layer can spare
-    const uint32_t n_evict = std::max(n_tokens - n_free, std::min(n_evict_batch, cells.size()/32));
+    uint32_t n_evict = n_need - n_free;
+
+    // a few cells more than needed, of a batch that is hardly larger than a token
+    if (n_tokens > 1) {
+        n_evict = std::max(n_evict, llama_kv_evict_n_batch(cells));
+    }
 
     return llama_kv_score_select(cells, pins, scores, n_sink, n_recent, n_evict);
 }

@@ -51,13 +51,17 @@ struct llama_kv_queries {
     std::vector<llama_pos> after(llama_pos p) const;
 };
 
+// rows that a layer is to have free before it takes n_tokens more
+// one token at a time, layers take turns: each frees as many as it takes until its next one, so that no token waits for all
+uint32_t llama_kv_evict_n_free(const llama_kv_depth_cells & cells, int32_t il, uint32_t n_tokens);
+
 // the queries that a layer has not counted yet are counted before it takes n_tokens more
-bool llama_kv_evict_is_due(const llama_kv_depth_cells & cells, uint32_t n_tokens);
+bool llama_kv_evict_is_due(const llama_kv_depth_cells & cells, int32_t il, uint32_t n_tokens);
 
 // count what they say. a broken value shows in its own cell
 void llama_kv_evict_count(const llama_kv_score_i & score, llama_kv_depth_cells & cells, const llama_kv_attn & attn);
 
-// rows to free so that the layer can take n_tokens more
+// rows to free so that the layer has llama_kv_evict_n_free()
 std::vector<uint32_t> llama_kv_evict_select(
         const llama_kv_score_i     & score,
         const llama_kv_depth_cells & cells,

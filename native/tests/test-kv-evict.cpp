@@ -114,6 +114,63 @@ static void test_bounded(const char * scorer) {
     }
 }
 
+// while decoding no token waits for many layers, whether a prompt has filled them or they fill up together, one token at a time
+static void test_turns(uint32_t n_cells, uint32_t n_layers, uint32_t n_prompt) {
+    std::vector<llama_depthkv_sim *> sims;
+    for (uint32_t il = 0; il < n_layers; ++il) {
+        sims.push_back(llama_depthkv_sim_init("attention", il, n_cells, llama_kv_n_sink, llama_kv_n_recent));
+    }
+
+    const uint32_t n_batch = std::min(64u, n_cells/32);
+    const uint32_t n_most  = 2*((n_layers + n_batch - 1)/n_batch);
+
+    const auto step = [&](uint32_t n_tokens, size_t & n_score, size_t & n_evict) {
+        n_score = n_evict = 0;
+        for (auto * sim : sims) {
+            const uint32_t before = llama_depthkv_sim_positions(sim, nullptr, 0);
+
+            if (llama_depthkv_sim_queries(sim, n_tokens, nullptr, 0) > 0) {
+                llama_depthkv_sim_count(sim, std::vector<float>(before, 1.0f).data());
+                n_score++;
+            }
+            llama_depthkv_sim_evict(sim, n_tokens);
+
+            const uint32_t held = llama_depthkv_sim_positions(sim, nullptr, 0);
+            CHECK(held + n_tokens <= n_cells);
+            CHECK(before - held <= (n_tokens > 1 ? n_cells : n_batch));
+            n_evict += held < before;
+
+            llama_depthkv_sim_add(sim, n_tokens);
+        }
+    };
+
+    size_t n_score;
+    size_t n_evict;
+
+    uint32_t n_past = 0;
+    for (; n_past + 32 <= n_prompt; n_past += 32) {
+        step(32, n_score, n_evict);
+    }
+
+    uint32_t n_first = 0;
+
+    for (; n_past < n_prompt + n_cells + 600; ++n_past) {
+        step(1, n_score, n_evict);
+
+        CHECK(n_score <= n_most);
+        CHECK(n_evict == 0 || n_past >= n_cells);
+
+        // to choose what goes is cheap. at first a layer that is full before its turn does not wait for it
+        n_first = n_first == 0 && n_evict > 0 ? n_past : n_first;
+        CHECK(n_evict <= n_most || n_past < n_first + n_batch);
+    }
+
+    for (auto * sim : sims) {
+        CHECK(positions(sim).size() + n_batch >= n_cells);
+        llama_depthkv_sim_free(sim);
+    }
+}
+
 static void test_rules() {
     llama_depthkv_rule rule;
 
@@ -153,6 +210,10 @@ int main() {
     for (const auto & info : llama_kv_score_list()) {
         test_bounded(info.name);
     }
+    test_turns( 200, 30, 640);
+    test_turns(1100, 12, 640);
+    test_turns( 300, 28,   0);
+    test_turns( 450, 40, 512);
     test_rules();
     test_errors();
 

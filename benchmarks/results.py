@@ -160,6 +160,7 @@ def speed_table(report: Report) -> str:
                 "prefill": _speed(row["prefill"]),
                 "prefill, end": _speed(row["prefill_full"]),
                 **{f"decode, {depth}": _speed(speed) for depth, speed in row["decode"].items()},
+                "a token at full: median, p99, max, ms": _latency(row.get("latency", {}).get("full")),
                 "eviction": f"{row['evict_share']:.1%}",
             }
         )
@@ -213,6 +214,10 @@ def _percent(metric: Report | None, name: str) -> str:
 
 def _format(metric: Report | None, name: str, form: str) -> str:
     return format(metric[name], form) if metric else ""
+
+
+def _latency(latency: Report | None) -> str:
+    return ", ".join(f"{1e3 * latency[name]:.0f}" for name in ("p50", "p99", "max")) if latency else ""
 
 
 def _speed(speed: Report) -> str:

@@ -24,6 +24,10 @@ def print_result(result: BenchResult) -> None:
     console.print()
     console.print(_speeds(result.rows))
     console.print()
+    n = result.rows[0].latency["full"].n
+    console.print(f"Milliseconds that single tokens take when the context is full, of {n} decoded:")
+    console.print(_latencies(result.rows))
+    console.print()
     same = "" if result.baseline is None else f"; {NO_BUDGET}: to {STOCK}"
     console.print(
         f"Ratio to the faster stock setting of each column{same}. Median and range over n turns, taken side by side:"
@@ -107,6 +111,15 @@ def _speeds(rows: tuple[BenchRow, ...]) -> Table:
     for row in rows:
         speeds = (f"{speed.tokens_per_second:.1f}" for speed in _quantities(row))
         table.add_row(row.configuration.label, *speeds, f"{row.first_token_seconds:.1f} s")
+    return table
+
+
+def _latencies(rows: tuple[BenchRow, ...]) -> Table:
+    table = _table("ms", "p50", "p99", "maximum", "of p50")
+    for row in rows:
+        latency = row.latency["full"]
+        cells = (f"{1e3 * seconds:.1f}" for seconds in (latency.p50, latency.p99, latency.max))
+        table.add_row(row.configuration.label, *cells, f"{latency.max / latency.p50:.2f}x")
     return table
 
 

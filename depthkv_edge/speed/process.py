@@ -128,7 +128,7 @@ class Worker:
         """Append tokens to what the cache holds."""
         answer = self._ask(do="compute", tokens=list(tokens), one_by_one=one_by_one)
         time.sleep(self._rest)
-        return Timing(len(tokens), answer["seconds"], answer["evict_seconds"])
+        return Timing(len(tokens), answer["seconds"], answer["evict_seconds"], tuple(answer["token_seconds"]))
 
     def logits_sha256(self) -> str:
         """Hash of the logits of the last token."""

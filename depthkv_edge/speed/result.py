@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from depthkv_edge.speed.process import Configuration, ContextFacts
-from depthkv_edge.speed.timing import Speed
+from depthkv_edge.speed.timing import Latency, Speed
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,7 @@ class BenchRow:
         prefill: of the long prompt, from empty.
         prefill_full: at its end, batch by batch.
         decode: by depth, see `depthkv_edge.speed.schedule.DEPTHS`.
+        latency: of single tokens while decoding, by depth.
         first_token_seconds: for the long prompt and one token after it, median.
     """
 
@@ -33,6 +34,7 @@ class BenchRow:
     prefill: Speed
     prefill_full: Speed
     decode: dict[str, Speed]
+    latency: dict[str, Latency]
     first_token_seconds: float
 
     @property
@@ -59,6 +61,7 @@ class BenchRow:
             "prefill": self.prefill.to_dict(),
             "prefill_full": self.prefill_full.to_dict(),
             "decode": {depth: speed.to_dict() for depth, speed in self.decode.items()},
+            "latency": {depth: latency.to_dict() for depth, latency in self.latency.items()},
             "first_token_seconds": self.first_token_seconds,
         }
 

@@ -28,7 +28,7 @@ from depthkv_edge.speed.samples import (
     prefill_samples,
 )
 from depthkv_edge.speed.schedule import DEPTHS, Schedule, make_schedule
-from depthkv_edge.speed.timing import Speed, Timing, fastest, speed, total
+from depthkv_edge.speed.timing import Latency, Speed, Timing, fastest, speed, total
 
 Progress = Callable[[int], AbstractContextManager[Callable[[int], None]]]
 
@@ -179,6 +179,7 @@ def rows(
             prefill=prefill[of.label],
             prefill_full=prefill_full[of.label],
             decode={depth: speeds[of.label] for depth, speeds in decode.items()},
+            latency={depth: Latency.of(decode_samples(steps[of.label], schedule, depth)) for depth in DEPTHS},
             first_token_seconds=first_token_seconds(steps[of.label], schedule),
         )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -10,11 +11,16 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Timing:
-    """Tokens, the seconds that they took, and how many of these went into scoring and eviction."""
+    """Tokens, the seconds that they took, and how many of these went into scoring and eviction.
+
+    Attributes:
+        token_seconds: of each token, where they were computed one by one.
+    """
 
     tokens: int
     seconds: float
     evict_seconds: float = 0.0
+    token_seconds: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -56,10 +62,33 @@ class Speed:
         }
 
 
+@dataclass(frozen=True)
+class Latency:
+    """Seconds that single tokens took: the median, what one in a hundred exceeds, and the longest, of n."""
+
+    p50: float
+    p99: float
+    max: float
+    n: int
+
+    @classmethod
+    def of(cls, timings: Sequence[Timing]) -> Latency:
+        """Of what was computed one by one: at least one token."""
+        seconds = sorted(total(timings).token_seconds)
+        n = len(seconds)
+        return cls(statistics.median(seconds), seconds[math.ceil(0.99 * n) - 1], seconds[-1], n)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
 def total(timings: Sequence[Timing]) -> Timing:
     """Everything together."""
     return Timing(
-        sum(t.tokens for t in timings), sum(t.seconds for t in timings), sum(t.evict_seconds for t in timings)
+        sum(t.tokens for t in timings),
+        sum(t.seconds for t in timings),
+        sum(t.evict_seconds for t in timings),
+        tuple(seconds for t in timings for seconds in t.token_seconds),
     )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -68,12 +69,16 @@ class _Context:
         """Append tokens to what the cache holds."""
         chunks = [[token] for token in tokens] if one_by_one else [tokens]
         evict_seconds = self._evict_seconds()
-        started = time.perf_counter()
+        times = [time.perf_counter()]
         for chunk in chunks:
             self._llama.eval(chunk)
             self._api.llama_synchronize(self._llama.ctx)
-        seconds = time.perf_counter() - started
-        return {"seconds": seconds, "evict_seconds": self._evict_seconds() - evict_seconds}
+            times.append(time.perf_counter())
+        return {
+            "seconds": times[-1] - times[0],
+            "evict_seconds": self._evict_seconds() - evict_seconds,
+            "token_seconds": [end - start for start, end in itertools.pairwise(times)] if one_by_one else [],
+        }
 
     def logits_sha256(self) -> dict[str, Any]:
         """Hash of the logits of the last token."""

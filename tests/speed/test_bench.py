@@ -33,8 +33,8 @@ from depthkv_edge.speed.samples import (
     prefill_full_samples,
     prefill_samples,
 )
-from depthkv_edge.speed.schedule import DEPTHS, Schedule, deal, make_schedule
-from depthkv_edge.speed.timing import Timing, compare, fastest, speed
+from depthkv_edge.speed.schedule import DEPTHS, Schedule, Step, deal, make_schedule
+from depthkv_edge.speed.timing import Latency, Timing, compare, fastest, speed
 
 SIZES = Sizes(run=4, turn=2, prompt=512, pairs=1, pair_turns=2, pair_prefill=4, pair_decode=4, rest=0.0)
 SMALL = BenchSettings(512, 1, budgets=(0.5,), repetitions=1, sizes=SIZES)
@@ -92,6 +92,9 @@ def test_command(run):
         assert list(row["decode"]) == list(DEPTHS)
         assert all(s["tokens_per_second"] > 0 and 0 < s["low"] <= s["ratio"] <= s["high"] for s in speeds)
         assert row["first_token_seconds"] > 0
+        for depth, latency in row["latency"].items():
+            assert 0 < latency["p50"] <= latency["p99"] <= latency["max"] < 60
+            assert latency["n"] == 4, depth
 
 
 def test_kv_bytes_are_exact(result):
@@ -151,6 +154,7 @@ def test_each_is_compared_with_the_faster_stock_setting():
         NO_BUDGET: [(STOCK, 1), (STOCK, 1)],
         ours: [(STOCK_FLASH, 2), (STOCK, 4)],
     }
+    assert found[-1].latency["full"] == Latency(0.25, 0.25, 0.25, schedule.runs * schedule.passes * schedule.run)
 
 
 def test_different_logits_are_seen(smollm2, tokens):
@@ -170,6 +174,7 @@ def test_tables(result, capsys, monkeypatch):
     for row in result.rows:
         against = row.decode["half"].against
         assert f"{row.decode['half'].tokens_per_second:.1f}" in said
+        assert f"{1e3 * row.latency['full'].max:.1f}" in said
         assert f"{against.low:.2f}-{against.high:.2f}" in said or against.against == row.configuration.label
     assert "…" not in said, "a column was cut"
 
@@ -302,6 +307,17 @@ def test_ratio(times, n_ours, n_theirs, evict_share):
         assert found.tokens_per_second == pytest.approx(statistics.median(n_ours / t for t, _ in times))
 
 
+@quick
+@given(st.lists(st.lists(seconds, min_size=1, max_size=40), min_size=1, max_size=9))
+def test_latency(turns):
+    """Of single tokens, over all turns."""
+    found = Latency.of([Timing(len(turn), sum(turn), token_seconds=tuple(turn)) for turn in turns])
+    everything = [token for turn in turns for token in turn]
+    assert (found.p50, found.max, found.n) == (statistics.median(everything), max(everything), len(everything))
+    assert sum(token > found.p99 for token in everything) <= len(everything) / 100
+    assert sum(token >= found.p99 for token in everything) > len(everything) / 100
+
+
 def test_fastest():
     slow, fast = [Timing(10, 9), Timing(10, 9), Timing(10, 1)], [Timing(10, 8), Timing(10, 8), Timing(10, 80)]
     assert fastest({"slow": slow, "fast": fast}) == "fast", "medians, not sums or extremes"
@@ -362,16 +378,13 @@ def test_enough_repetitions(n_ctx, repetitions):
 
 def fake_turns(schedule: Schedule, prefill, decode) -> list[TimedStep]:
     """Turns as if a token at position p took prefill(p) or decode(p) seconds."""
-    return [
-        TimedStep(
-            n,
-            step,
-            Timing(step.n_tokens, sum((decode if step.is_decode else prefill)(p) for p in range(step.start, step.end))),
-        )
-        for n in range(schedule.passes)
-        for step in schedule.steps()
-        if step is not None
-    ]
+
+    def timing(step: Step) -> Timing:
+        seconds = [(decode if step.is_decode else prefill)(p) for p in range(step.start, step.end)]
+        return Timing(step.n_tokens, sum(seconds), token_seconds=tuple(seconds) if step.is_decode else ())
+
+    steps = [step for step in schedule.steps() if step is not None]
+    return [TimedStep(n, step, timing(step)) for n in range(schedule.passes) for step in steps]
 
 
 @quick

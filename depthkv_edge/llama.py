@@ -17,6 +17,7 @@ from depthkv_edge.engine import capi, log
 from depthkv_edge.engine.budget import Budget, parse_budget
 from depthkv_edge.engine.capi import llama_cpp
 from depthkv_edge.engine.context import KEY_BUDGET, Options, default_flash_attn, flash_attn_type, plan_params
+from depthkv_edge.engine.devices import Offload, devices
 from depthkv_edge.engine.rules import check_alloc_rule, check_scorer
 from depthkv_edge.engine.stats import KVStats, read_stats
 from depthkv_edge.errors import DepthKVError
@@ -145,7 +146,7 @@ class Llama(llama_cpp.Llama):
 
     def _check_memory(self, n_bytes: int) -> None:
         """Refuse at once what cannot be there; the engine would first set up and clear what it can get."""
-        if self.model_params.n_gpu_layers and _api.llama_supports_gpu_offload():
+        if self.model_params.n_gpu_layers and any(device.is_gpu for device in devices()):
             return
         total = psutil.virtual_memory().total
         if n_bytes > total:
@@ -218,9 +219,7 @@ class Llama(llama_cpp.Llama):
         """
         begin, end = (check_number(name, p, -1) for name, p in (("p0", p0), ("p1", p1)))
         if not capi.llama_depthkv_pin(self.ctx, self._check_sequence(seq_id), begin, end):
-            raise DepthKVError(
-                capi.last_error() or f"positions {p0} to {p1} cannot be pinned: give a larger KV budget"
-            )
+            raise DepthKVError(capi.last_error() or f"positions {p0} to {p1} cannot be pinned: give a larger KV budget")
 
     def unpin(self, seq_id: int = 0) -> None:
         """Let every pinned position of a sequence be evicted again.
@@ -339,7 +338,14 @@ def _fit_free_memory(
         swa_full=kwargs.get("swa_full"),
         scorer=scorer,
         rule=rule,
+        offload_kqv=kwargs.get("offload_kqv", True),
+    )
+    offload = Offload(
+        n_gpu_layers=kwargs.get("n_gpu_layers", 0),
+        split_mode=kwargs.get("split_mode"),
+        main_gpu=kwargs.get("main_gpu"),
+        tensor_split=tuple(kwargs.get("tensor_split") or ()),
     )
     n_ctx = kwargs.get("n_ctx", 512) or trained_ctx(path)
-    fit = fit_memory(path, free_memory(), n_ctx, auto, options=options)
+    fit = fit_memory(path, free_memory(), n_ctx, auto, options=options, offload=offload)
     return parse_budget(fit.kv_budget), fit.n_ubatch

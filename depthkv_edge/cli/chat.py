@@ -9,8 +9,10 @@ import click
 
 from depthkv_edge.checks import check_threads, default_threads
 from depthkv_edge.cli.options import (
+    GPU_LAYERS,
     KV_TYPES,
     MEMORY_HELP,
+    check_gpu_layers,
     check_positive,
     check_seed,
     check_temperature,
@@ -37,6 +39,7 @@ _UBATCH = 512
 @click.option("--temp", type=float, default=0.8, show_default=True, help="Temperature; 0 is greedy.")
 @click.option("--seed", type=int, metavar="N", help="Seed, for a temperature above 0. Default: random.")
 @click.option("--threads", type=int, metavar="N", help="CPU threads. Default: the physical cores.")
+@GPU_LAYERS
 @click.option("--type-k", type=click.Choice(list(KV_TYPES)), default="f16", show_default=True, help="Type of K.")
 @click.option("--type-v", type=click.Choice(list(KV_TYPES)), default="f16", show_default=True, help="Type of V.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object per answer; messages are lines of stdin.")
@@ -50,6 +53,7 @@ def chat(
     temp: float,
     seed: int | None,
     threads: int | None,
+    gpu_layers: int | None,
     type_k: str,
     type_v: str,
     as_json: bool,
@@ -65,6 +69,7 @@ def chat(
     check_positive(("-c", ctx), ("-n", predict))
     check_temperature(temp)
     check_seed(seed)
+    n_gpu_layers = check_gpu_layers(gpu_layers)
     _check_text("--system", system)
     path = resolve_model(model)
 
@@ -76,17 +81,19 @@ def chat(
     from depthkv_edge.llama import Llama
 
     n_threads = default_threads() if threads is None else check_threads("--threads", threads)
-    context = fitted(path, n_memory, budget, ctx, _UBATCH, KV_TYPES[type_k], KV_TYPES[type_v])
+    types = KV_TYPES[type_k], KV_TYPES[type_v]
+    context = fitted(path, n_memory, budget, ctx, _UBATCH, *types, n_gpu_layers=n_gpu_layers)
 
     def load(n_sink: int | None) -> Llama:
         return Llama(
             path,
             **context.arguments(),
             n_sink=n_sink,
+            n_gpu_layers=n_gpu_layers,
             n_threads=n_threads,
             n_threads_batch=n_threads,
-            type_k=KV_TYPES[type_k],
-            type_v=KV_TYPES[type_v],
+            type_k=types[0],
+            type_v=types[1],
             seed=seed,
             verbose=False,
         )

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from depthkv_edge.cli.options import GPU_LAYERS, check_gpu_layers
 from depthkv_edge.cli.streams import echo_json
 from depthkv_edge.modelfile.packaged import resolve_model
 from depthkv_edge.units import mib
@@ -18,18 +19,20 @@ _TABLE_WIDTH = 80  # columns, however narrow the terminal says it is: a number i
 
 @click.command()
 @click.argument("model", required=False)
+@GPU_LAYERS
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
-def doctor(model: str | None, as_json: bool) -> None:
+def doctor(model: str | None, gpu_layers: int | None, as_json: bool) -> None:
     """Show the build, the machine, and what of a model fits it.
 
     MODEL is the path of a GGUF, or a name that `fetch` lists. No weights are read.
     """
+    n_gpu_layers = check_gpu_layers(gpu_layers)
     path = None if model is None else resolve_model(model)
 
     # imported here, so that --help needs no library
     from depthkv_edge.sizing.diagnosis import diagnose
 
-    diagnosis = diagnose(path)
+    diagnosis = diagnose(path, n_gpu_layers)
     if as_json:
         echo_json(diagnosis.to_dict())
         return

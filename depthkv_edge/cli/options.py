@@ -16,7 +16,10 @@ KV_TYPES = {"f32": 0, "f16": 1, "bf16": 30, "q8_0": 8, "q4_0": 2}  # enum ggml_t
 FLASH_ATTN = {"auto": None, "on": True, "off": False}
 MEMORY_HELP = (
     "Weights, buffers and KV cache together stay under this: 512MiB, 2GB, ... Context and budget are chosen where they "
-    "are neither given nor in the model file."
+    "are neither given nor in the model file. What lies in a GPU's own memory has to fit there, and does not count."
+)
+GPU_LAYERS = click.option(
+    "--gpu-layers", type=int, metavar="N", help="Layers on a GPU, if the build and the machine have one. Default: all."
 )
 
 
@@ -66,6 +69,7 @@ def fitted(
     flash_attn: bool | None = None,
     scorer: str | None = None,
     rule: str | None = None,
+    n_gpu_layers: int = 0,
 ) -> Context:
     """What was asked for, or, with `--memory` or the budget `auto`, what fits: that is said on standard error.
 
@@ -75,6 +79,7 @@ def fitted(
     if memory is None and not (budget is not None and budget.is_auto):
         return Context(n_ctx or 0, n_ubatch, budget)
     from depthkv_edge.engine.context import Options, flash_attn_type
+    from depthkv_edge.engine.devices import Offload
     from depthkv_edge.sizing.fit import fit_memory, free_memory
 
     options = Options(
@@ -85,10 +90,20 @@ def fitted(
         scorer=scorer,
         rule=rule,
     )
-    fit = fit_memory(path, free_memory() if memory is None else memory, n_ctx, budget, options=options)
+    memory, offload = free_memory() if memory is None else memory, Offload(n_gpu_layers)
+    fit = fit_memory(path, memory, n_ctx, budget, options=options, offload=offload)
     for name, text in fit.rows:
         click.echo(f"{name:<10}{text}", err=True)
     return Context(fit.n_ctx, fit.n_ubatch, fit.kv_budget, use_mmap=False)
+
+
+def check_gpu_layers(value: int | None) -> int:
+    """`--gpu-layers` as the engine has it.
+
+    Raises:
+        DepthKVError: negative, or more than the engine can count.
+    """
+    return -1 if value is None else check_number("--gpu-layers", value, 0)
 
 
 def check_positive(*options: tuple[str, int | None]) -> None:

@@ -11,8 +11,10 @@ from depthkv_edge.checks import check_threads, default_threads
 from depthkv_edge.cli.options import (
     FILE,
     FLASH_ATTN,
+    GPU_LAYERS,
     KV_TYPES,
     MEMORY_HELP,
+    check_gpu_layers,
     check_positive,
     check_seed,
     check_temperature,
@@ -39,6 +41,7 @@ from depthkv_edge.modelfile.packaged import resolve_model
 @click.option("--rule", metavar="NAME", callback=list_rules, help="Allocation rule; help lists them.")
 @click.option("--ubatch", type=int, default=512, show_default=True, metavar="N", help="Most tokens to compute at once.")
 @click.option("--threads", type=int, metavar="N", help="CPU threads. Default: the physical cores.")
+@GPU_LAYERS
 @click.option("--type-k", type=click.Choice(list(KV_TYPES)), default="f16", show_default=True, help="Type of K.")
 @click.option("--type-v", type=click.Choice(list(KV_TYPES)), default="f16", show_default=True, help="Type of V.")
 @click.option("--flash-attn", type=click.Choice(list(FLASH_ATTN)), default="auto", help="Default: what is fastest.")
@@ -58,6 +61,7 @@ def run(
     rule: str | None,
     ubatch: int,
     threads: int | None,
+    gpu_layers: int | None,
     type_k: str,
     type_v: str,
     flash_attn: str,
@@ -75,6 +79,7 @@ def run(
     check_positive(("-c", ctx), ("-n", predict), ("--ubatch", ubatch))
     check_temperature(temp)
     check_seed(seed)
+    n_gpu_layers = check_gpu_layers(gpu_layers)
     path = resolve_model(model)
     document = _read_document(file) if file is not None else ""
     if not document.strip() and not prompt.strip():
@@ -98,12 +103,14 @@ def run(
         flash_attn=FLASH_ATTN[flash_attn],
         scorer=scorer,
         rule=rule,
+        n_gpu_layers=n_gpu_layers,
     )
     llama = Llama(
         path,
         **context.arguments(),
         scorer=scorer,
         rule=rule,
+        n_gpu_layers=n_gpu_layers,
         n_threads=n_threads,
         n_threads_batch=n_threads,
         type_k=KV_TYPES[type_k],

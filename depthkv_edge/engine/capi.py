@@ -14,7 +14,7 @@ from depthkv_edge.errors import DepthKVError
 llama_cpp = library.import_bindings()
 _api = llama_cpp.llama_cpp  # the module that mirrors llama.h, and owns the library handle
 
-VERSION = 8  # LLAMA_DEPTHKV_VERSION
+VERSION = 9  # LLAMA_DEPTHKV_VERSION
 
 
 class llama_depthkv_rule(ctypes.Structure):
@@ -74,6 +74,7 @@ class llama_depthkv_stats(ctypes.Structure):
         ("bytes_work", ctypes.c_size_t),
         ("bytes_weights", ctypes.c_size_t),
         ("bytes_other", ctypes.c_size_t),
+        ("bytes_device", ctypes.c_size_t),
         ("n_score", ctypes.c_uint64),
         ("n_evict", ctypes.c_uint64),
         ("n_reeval", ctypes.c_uint64),

@@ -11,6 +11,7 @@ from typing import Any
 
 from depthkv_edge.engine import capi, log
 from depthkv_edge.engine.capi import llama_cpp
+from depthkv_edge.engine.devices import ON_CPU, Offload
 from depthkv_edge.engine.stats import KVStats, from_raw
 from depthkv_edge.errors import DepthKVError
 
@@ -38,6 +39,7 @@ class Options:
         swa_full: without a budget, sliding-window layers get as many cells as the others; None: what `Llama` chooses.
         n_threads: CPU threads; None: the engine's default.
         n_outputs: most tokens of a batch whose logits are wanted; 0: all of them.
+        offload_kqv: the cells of layers on a GPU are there, too.
         budget: as users write it; None: the model's own, or the full cache.
         scorer, rule: None: the model's own.
         cells: of each layer that grows with the context, instead of a budget.
@@ -54,6 +56,7 @@ class Options:
     swa_full: bool | None = None
     n_threads: int | None = None
     n_outputs: int = 0
+    offload_kqv: bool = True
     budget: str | None = None
     scorer: str | None = None
     rule: str | None = None
@@ -67,21 +70,28 @@ class Plan:
     Attributes:
         kv: its statistics when it is empty. Without weights in the model they are complete, with them there are no
             buffers.
-        fits: False: it takes more than the memory that there is, and `kv` is of the least that would do.
+        fits: False: it takes more than the memory that there is, or than a device has, and `kv` is of the least that
+            would do; where no memory was given, of what was asked for.
+        reason: why it does not fit.
     """
 
     kv: KVStats
     fits: bool
+    reason: str = ""
 
 
 @contextlib.contextmanager
-def load_without_weights(path: Path | str) -> Iterator[Any]:
+def load_without_weights(path: Path | str, offload: Offload = ON_CPU) -> Iterator[Any]:
     """A `llama_model` with its metadata and the shapes of its tensors only.
+
+    Args:
+        offload: where its layers would be.
 
     Raises:
         DepthKVError: it cannot be loaded.
     """
     params = _api.llama_model_default_params()
+    _keep = offload.apply(params)
     params.no_alloc = True
     params.load_mode = _api.LLAMA_LOAD_MODE_NONE
     capi.llama_depthkv_clear_error()
@@ -129,7 +139,7 @@ def plan_params(model: Any, params: Any, depth: Any) -> Plan:
     status = capi.llama_depthkv_plan(model, params, depth, raw, layers, _MOST_LAYERS)
     if status < 0:
         raise DepthKVError(capi.last_error() or "the engine cannot plan a context")
-    return Plan(from_raw(raw, layers), status == 0)
+    return Plan(from_raw(raw, layers), status == 0, capi.last_error() if status else "")
 
 
 def plan_context(model: Any, options: Options, memory: int = 0) -> Plan:
@@ -189,6 +199,7 @@ def _context_params(options: Options) -> Any:
     params.n_seq_max, params.kv_unified = options.n_seq, options.unified
     params.type_k, params.type_v = options.type_k, options.type_v
     params.n_outputs_max = options.n_outputs
+    params.offload_kqv = options.offload_kqv
     if options.flash_attn is not None:
         params.flash_attn_type = options.flash_attn
     if options.swa_full is not None:

@@ -58,6 +58,7 @@ class KVStats:
         bytes_work: bound of what the CPU backend needs beside them.
         bytes_weights: tensors of the model.
         bytes_other: about what a process takes beside all that: records of the cells, logits, graphs.
+        bytes_device: of all these what lies in memory that devices have for themselves, and the process does not take.
         n_ctx_seq: positions of one sequence.
         n_ubatch: tokens computed at once.
         n_score: scoring passes.
@@ -79,6 +80,7 @@ class KVStats:
     bytes_work: int
     bytes_weights: int
     bytes_other: int
+    bytes_device: int
     n_ctx_seq: int
     n_ubatch: int
     n_score: int

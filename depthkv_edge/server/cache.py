@@ -10,6 +10,7 @@ from gguf import GGMLQuantizationType
 
 from depthkv_edge.engine.budget import Budget
 from depthkv_edge.engine.context import AUTO, OFF, ON, Options, load_without_weights, plan_context, trained_ctx
+from depthkv_edge.engine.devices import EVERYWHERE, Offload
 from depthkv_edge.engine.stats import KVStats
 from depthkv_edge.errors import DepthKVError
 from depthkv_edge.sizing.fit import fit_memory, free_memory
@@ -66,13 +67,20 @@ def ggml_type(name: str) -> int:
         raise DepthKVError(f"cache type {name} is not known: give f32, f16, bf16, q8_0 or q4_0") from None
 
 
-def plan_cache(model: Path, budget: Budget | None, options: Options, memory: int | None = None) -> CachePlan:
+def plan_cache(
+    model: Path,
+    budget: Budget | None,
+    options: Options,
+    memory: int | None = None,
+    offload: Offload = EVERYWHERE,
+) -> CachePlan:
     """Have the engine plan a server's KV cache. No weights are read, no K and V allocated.
 
     Args:
         budget: None for the model's own, or the full cache.
         options: of the context, but for the budget; `n_ctx` 0 for what the model was trained for, or what fits memory.
         memory: bytes for the server as a whole; None: no limit.
+        offload: where the model's layers will be.
 
     Raises:
         DepthKVError: the file is damaged, the engine refuses the model, the budget or the context, or nothing fits.
@@ -81,9 +89,11 @@ def plan_cache(model: Path, budget: Budget | None, options: Options, memory: int
         if memory is None and budget is not None and budget.is_auto:
             memory = free_memory()
         if memory is None:
-            return _plan(model, budget, options)
+            return _plan(model, budget, options, offload)
         process = _PROCESS_BYTES + _SLOT_BYTES * options.n_seq
-        fit = fit_memory(model, memory, options.n_ctx or None, budget, options=options, process_bytes=process)
+        fit = fit_memory(
+            model, memory, options.n_ctx or None, budget, options=options, process_bytes=process, offload=offload
+        )
         with load_without_weights(model) as loaded:
             _check_trained(loaded, fit.n_ctx, fit.kv)
         fitted = replace(options, n_ctx=fit.n_ctx, n_ubatch=fit.n_ubatch)
@@ -94,8 +104,8 @@ def plan_cache(model: Path, budget: Budget | None, options: Options, memory: int
         raise DepthKVError(f"{model}: {why}{hint}") from None
 
 
-def _plan(path: Path, budget: Budget | None, options: Options) -> CachePlan:
-    with load_without_weights(path) as model:
+def _plan(path: Path, budget: Budget | None, options: Options, offload: Offload) -> CachePlan:
+    with load_without_weights(path, offload) as model:
         text = None if budget is None else budget.text
         asked = replace(options, n_ctx=options.n_ctx or trained_ctx(model), budget=text)
         kv = plan_context(model, asked).kv

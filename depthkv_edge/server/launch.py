@@ -301,6 +301,11 @@ def _cannot_run(program: str, why: str) -> DepthKVError:
 # what the cache will be
 
 
+def _gpu_layers(extra: tuple[str, ...]) -> int:
+    written = _value(extra, "-ngl", "--gpu-layers", "--n-gpu-layers")
+    return int(written) if written is not None and re.fullmatch(r"\d{1,9}", written) else -1  # all, auto, or refused
+
+
 def _plan(settings: ServeSettings) -> CachePlan:
     if _says_unified(settings.extra):
         return _plan_as(settings, unified=_given(settings.extra, "-kvu", "--kv-unified"))
@@ -314,6 +319,7 @@ def _plan(settings: ServeSettings) -> CachePlan:
 def _plan_as(settings: ServeSettings, *, unified: bool) -> CachePlan:
     # imported here, so that what is wrong so far is said at once, and --help needs no library
     from depthkv_edge.engine.context import Options
+    from depthkv_edge.engine.devices import Offload
     from depthkv_edge.server.cache import FLASH_ATTN, ggml_type, plan_cache
 
     extra = settings.extra
@@ -328,5 +334,6 @@ def _plan_as(settings: ServeSettings, *, unified: bool) -> CachePlan:
         type_v=ggml_type(_value(extra, "-ctv", "--cache-type-v") or "f16"),
         flash_attn=FLASH_ATTN.get(_value(extra, "-fa", "--flash-attn") or "auto"),
         swa_full=_given(extra, "--swa-full"),
+        offload_kqv=not _given(extra, "-nkvo", "--no-kv-offload"),
     )
-    return plan_cache(settings.model, settings.budget, options, settings.memory)
+    return plan_cache(settings.model, settings.budget, options, settings.memory, Offload(_gpu_layers(extra)))

@@ -19,6 +19,7 @@ from typing import Any
 from depthkv_edge.engine import capi
 from depthkv_edge.engine.budget import Budget
 from depthkv_edge.engine.context import Options, Plan, has_budget, load_without_weights, plan_context, trained_ctx
+from depthkv_edge.engine.devices import ON_CPU, Offload
 from depthkv_edge.engine.stats import KVStats
 from depthkv_edge.errors import DepthKVError
 from depthkv_edge.memory import rss_bytes
@@ -40,6 +41,8 @@ class Need:
         scorer: eviction state, scoring and position shift.
         process: the interpreter, the libraries, the vocabulary.
         reserve: records of the cells, logits and candidates, what the allocator cannot use.
+        on_devices: of all these what is not in the process, but in memory that devices have for themselves.
+        fits_devices: they have room for it.
     """
 
     weights: int
@@ -48,19 +51,31 @@ class Need:
     scorer: int
     process: int
     reserve: int
+    on_devices: int = 0
+    fits_devices: bool = True
 
     @classmethod
-    def of(cls, kv: KVStats, process: int) -> Need:
+    def of(cls, kv: KVStats, process: int, fits_devices: bool = True) -> Need:
         """What the engine plans, and the process."""
         compute = kv.bytes_compute + kv.bytes_work
-        return cls(kv.bytes_weights, kv.bytes, compute, kv.bytes_scorer, process, kv.bytes_other)
+        parts = (kv.bytes_weights, kv.bytes, compute, kv.bytes_scorer, process, kv.bytes_other)
+        return cls(*parts, min(kv.bytes_device, sum(parts) - process), fits_devices)
 
     @property
     def total(self) -> int:
-        """All of them."""
-        return self.weights + self.kv + self.compute + self.scorer + self.process + self.reserve
+        """All that the process takes."""
+        return sum(self.parts.values()) - self.on_devices
 
-    def to_dict(self) -> dict[str, int]:
+    @property
+    def parts(self) -> dict[str, int]:
+        """Bytes of each part, wherever they are."""
+        return {name: getattr(self, name) for name in _PARTS}
+
+    def fits(self, memory: int) -> bool:
+        """Whether the process stays under a size, and the devices have room."""
+        return self.fits_devices and self.total <= memory
+
+    def to_dict(self) -> dict[str, int | bool]:
         """The same for JSON."""
         return asdict(self) | {"total": self.total}
 
@@ -93,27 +108,33 @@ class Fit:
         return self.kv.budget
 
 
+_PARTS = ("weights", "kv", "compute", "scorer", "process", "reserve")
+
 NeedOf = Callable[[int, float, int], Need]
 
 
 @contextlib.contextmanager
-def measuring(path: Path, options: Options = AS_LLAMA, process_bytes: int | None = None) -> Iterator[NeedOf]:
+def measuring(
+    path: Path, options: Options = AS_LLAMA, process_bytes: int | None = None, offload: Offload = ON_CPU
+) -> Iterator[NeedOf]:
     """A function from context, budget in (0, 1] and ubatch to what they need.
 
     It raises a DepthKVError where the engine refuses: the budget is below the floor, say, or not defined for the model.
 
     Args:
         process_bytes: what the process takes without the model; None: what this one does now.
+        offload: where the model's layers are.
 
     Raises:
         DepthKVError: the model cannot be loaded.
     """
-    with load_without_weights(path) as model:
+    with load_without_weights(path, offload) as model:
         process = rss_bytes() if process_bytes is None else process_bytes
 
         def need_of(n_ctx: int, budget: float, n_ubatch: int) -> Need:
             asked = _with_outputs(replace(options, n_ctx=n_ctx, budget=str(budget), n_ubatch=n_ubatch))
-            return Need.of(plan_context(model, asked).kv, process)
+            plan = plan_context(model, asked)
+            return Need.of(plan.kv, process, plan.fits)
 
         yield need_of
 
@@ -126,8 +147,11 @@ def fit_memory(
     *,
     options: Options = AS_LLAMA,
     process_bytes: int | None = None,
+    offload: Offload = ON_CPU,
 ) -> Fit:
     """Choose context, ubatch and budget, in this order, such that everything together stays under a memory size.
+
+    What lies in the memory of a GPU has to fit what is free there, and does not count.
 
     Args:
         path: path of a GGUF.
@@ -136,12 +160,12 @@ def fit_memory(
         budget: it is kept. None: the one in the file is kept, if there is one. Otherwise, and if `auto`: the full
             cache, or the largest that fits, in steps of 0.01.
         options: of the context, but for these three. Smaller ubatches are tried where it does not fit.
-        process_bytes: as in `measuring`.
+        process_bytes, offload: as in `measuring`.
 
     Raises:
         DepthKVError: nothing fits: the message names the least memory that would do. Or the engine refuses the model.
     """
-    with load_without_weights(path) as model:
+    with load_without_weights(path, offload) as model:
         process = rss_bytes() if process_bytes is None else process_bytes
         search = _Search(path, memory, process, budget, _with_outputs(options), model, n_ctx)
         return search.run()
@@ -188,7 +212,7 @@ class _Search:
                 return self._fit(n_ctx, plan.kv, origin)
             least = n_ctx, plan
         assert least is not None
-        raise DepthKVError(self._too_little(least[0], least[1].kv))
+        raise DepthKVError(self._too_little(*least))
 
     def _budget(self) -> tuple[str | None, str]:
         """What to ask the engine for, and where it is from; empty if it is chosen."""
@@ -222,8 +246,11 @@ class _Search:
         kv_budget = self.budget.text if given else str(kv.budget)
         return Fit(n_ctx, kv_budget, kv.n_ubatch, kv, need, self.memory, tuple(rows))
 
-    def _too_little(self, n_ctx: int, kv: KVStats) -> str:
+    def _too_little(self, n_ctx: int, plan: Plan) -> str:
+        kv = plan.kv
         need = Need.of(kv, self.process)
+        if need.total <= self.memory:  # a device, then
+            return f"{self.path.name}: {plan.reason}"
         if not kv.bytes_compute:  # so far above that not even a context was planned
             return (
                 f"{mib(self.memory)} MiB is too little memory for {self.path.name} at a context of {n_ctx} tokens: K "
@@ -243,4 +270,5 @@ class _Search:
 
 def _parts(need: Need) -> str:
     names = {"kv": "KV cache", "scorer": "eviction"}
-    return ", ".join(f"{names.get(name, name)} {mib(n_bytes)}" for name, n_bytes in asdict(need).items())
+    parts = ", ".join(f"{names.get(name, name)} {mib(n_bytes)}" for name, n_bytes in need.parts.items())
+    return parts + (f"; {mib(need.on_devices)} of it in devices" if need.on_devices else "")

@@ -9,6 +9,7 @@ from typing import Any
 
 from depthkv_edge.engine.budget import Budget
 from depthkv_edge.engine.context import AUTO, Options, load_without_weights, plan_context, trained_ctx
+from depthkv_edge.engine.devices import EVERYWHERE
 from depthkv_edge.engine.rules import N_RECENT, N_SINK
 from depthkv_edge.engine.stats import KVStats, LayerStats
 from depthkv_edge.errors import DepthKVError
@@ -106,7 +107,7 @@ def inspect_model(path: Path, kv_budget: Budget | None = None, n_ctx: int = 0) -
         raise DepthKVError(f"a context of {n_ctx} tokens cannot be inspected: give 1 to {_MAX_CTX}")
     calibration = read_calibration(path)
     text = None if kv_budget is None else kv_budget.text
-    with load_without_weights(path) as model:
+    with load_without_weights(path, EVERYWHERE) as model:
         options = Options(n_ctx=n_ctx or _trained_ctx(model), budget=text, flash_attn=AUTO)
         try:
             kv = plan_context(model, options).kv

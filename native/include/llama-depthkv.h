@@ -22,7 +22,7 @@ extern "C" {
 #endif
 
 // changes whenever a struct or a function below does
-#define LLAMA_DEPTHKV_VERSION 8
+#define LLAMA_DEPTHKV_VERSION 9
 
 // the version that the library was built with: structs are passed by value, so check it before anything else
 LLAMA_API int32_t llama_depthkv_version(void);
@@ -143,6 +143,7 @@ struct llama_depthkv_stats {
     size_t   bytes_work;    // bound of what the CPU backend needs beside them to convert operands
     size_t   bytes_weights; // tensors of the model
     size_t   bytes_other;   // about what a process takes beside all that: records of the cells, logits, graphs
+    size_t   bytes_device;  // of all these what lies in memory that devices have for themselves, and the process does not take
     uint64_t n_score;       // scoring passes
     uint64_t n_evict;       // cells freed by eviction, all layers
     uint64_t n_reeval;      // tokens to be evaluated again after llama_depthkv_seq_rollback()
@@ -180,12 +181,14 @@ LLAMA_API size_t llama_depthkv_memory_free(void);
 // the statistics that a context would have when it is empty, and of its layers at most n. nothing is allocated
 //
 // on a model that was loaded without weights (llama_model_params::no_alloc) they are complete, and depth.memory may be
-// given: the ubatch, and with "auto" the budget, become such that weights, cells and buffers fit it together. a context
-// with the returned n_ubatch, and with the returned budget in place of "auto", is that plan
+// given: the ubatch, and with "auto" the budget, become such that weights, cells and buffers fit it together, and what
+// devices hold fits nine tenths of what is free there. a context with the returned n_ubatch, and with the returned
+// budget in place of "auto", is that plan
 // on a model with weights the sizes of buffers are 0
 //
 //  0: there is a plan
-//  1: it does not fit, the statistics are those of the least that would do
+//  1: it does not fit memory, or a device: llama_depthkv_last_error() says which. the statistics are those of the least
+//     that would do, or, if it was not to fit memory, of what was asked for
 // -1: there is none, llama_depthkv_last_error() says why
 LLAMA_API int32_t llama_depthkv_plan(
         struct llama_model          * model,

@@ -1,10 +1,12 @@
 #include "llama-depthkv.h"
 
 #include "llama-cpp.h"
+#include "llama-context.h"
 #include "llama-cparams.h"
 #include "llama-depthkv-impl.h"
 #include "llama-impl.h"
 #include "llama-kv-alloc.h"
+#include "llama-kv-depth-memory.h"
 #include "llama-kv-depth-plan.h"
 #include "llama-model.h"
 
@@ -171,8 +173,13 @@ struct llama_depthkv_planned {
     llama_depthkv_stats              stats = {};
     std::vector<llama_depthkv_layer> layers;
 
+    std::string device; // why a device has no room for it
+
+    // of the host
     size_t total() const {
-        return stats.bytes + stats.bytes_scorer + stats.bytes_compute + stats.bytes_work + stats.bytes_weights + stats.bytes_other;
+        const size_t res = stats.bytes + stats.bytes_scorer + stats.bytes_compute + stats.bytes_work + stats.bytes_weights + stats.bytes_other;
+
+        return res - std::min(res, stats.bytes_device);
     }
 };
 
@@ -236,6 +243,8 @@ static llama_depthkv_planned llama_depthkv_plan_context(llama_model * model, con
         throw std::runtime_error(llama_depthkv_last_error());
     }
 
+    res.device = llama_kv_depth_memory_check(llama_kv_depth_memory_devices(ctx->memory_breakdown()));
+
     res.layers.resize(res.stats.n_layers);
     for (int32_t i = 0; i < res.stats.n_layers; ++i) {
         llama_depthkv_get_layer(ctx.get(), i, 0, &res.layers[i]);
@@ -275,7 +284,7 @@ struct llama_depthkv_search {
             res = llama_depthkv_plan_context(model, p, d);
         }
 
-        return res.total() <= memory;
+        return res.total() <= memory && res.device.empty();
     }
 
     // the least that there is a plan for
@@ -424,13 +433,17 @@ int32_t llama_depthkv_plan(
             res = llama_depthkv_plan_fit(model, params, dparams, memory, planned) ? 0 : 1;
         } else if (model->hparams.no_alloc) {
             planned = llama_depthkv_plan_context(model, params, dparams);
+            res     = planned.device.empty() ? 0 : 1;
         } else {
             planned = llama_depthkv_plan_cells(*model, params, dparams);
         }
 
-        if (res == 1) {
-            const double mib = 1024.0*1024.0;
+        const double mib = 1024.0*1024.0;
 
+        if (res == 1 && !planned.device.empty()) {
+            llama_depthkv_set_error(format("%s, for a context of %u tokens with a budget of %.3g and a ubatch of %u: offload fewer layers, or give a smaller context or budget",
+                    planned.device.c_str(), planned.stats.n_ctx_seq, planned.stats.budget, planned.stats.n_ubatch).c_str());
+        } else if (res == 1) {
             llama_depthkv_set_error(format("%.0f MiB is too little memory for a context of %u tokens: the least that would do is %.0f MiB, with a budget of %.3g and a ubatch of %u",
                     memory/mib, planned.stats.n_ctx_seq, std::ceil(planned.total()/mib), planned.stats.budget, planned.stats.n_ubatch).c_str());
         }

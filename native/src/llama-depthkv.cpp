@@ -7,6 +7,7 @@
 #include "llama-kv-cache-depth.h"
 #include "llama-kv-cache-iswa.h"
 #include "llama-kv-cache.h"
+#include "llama-kv-depth-memory.h"
 #include "llama-kv-depth-plan.h"
 #include "llama-model.h"
 
@@ -145,6 +146,10 @@ bool llama_depthkv_get_stats(const llama_context * ctx, llama_depthkv_stats * st
 
         stats->bytes_compute = llama_depthkv_bytes_compute(ctx);
         stats->bytes_work    = llama_depthkv_bytes_work(ctx);
+
+        for (const auto & [dev, bytes] : llama_kv_depth_memory_devices(ctx->memory_breakdown())) {
+            stats->bytes_device += llama_kv_depth_memory_is_own(dev) ? bytes : 0;
+        }
 
         if (kv) {
             const auto & stat = kv->get_stats();

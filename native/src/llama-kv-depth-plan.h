@@ -82,6 +82,3 @@ size_t llama_kv_depth_bytes_swa(
                  uint32_t   n_ubatch,
                 ggml_type   type_k,
                 ggml_type   type_v);
-
-// memory that this process can have without swapping, within the limit of its control group; 0: not known
-size_t llama_kv_depth_memory_free();

@@ -29,8 +29,9 @@ struct plan_result {
 
     std::vector<llama_depthkv_layer> layers;
 
+    // of the host
     size_t total() const {
-        return stats.bytes + stats.bytes_scorer + stats.bytes_compute + stats.bytes_work + stats.bytes_weights + stats.bytes_other;
+        return stats.bytes + stats.bytes_scorer + stats.bytes_compute + stats.bytes_work + stats.bytes_weights + stats.bytes_other - stats.bytes_device;
     }
 };
 
@@ -124,6 +125,14 @@ static int test_context(const std::string & path, llama_model * model, llama_mod
     }
 
     CHECK(dry.stats.bytes == stats.bytes && dry.stats.bytes_scorer == stats.bytes_scorer && dry.stats.bytes_other == stats.bytes_other);
+
+    // where all layers are on a device, most of it is there
+    if (test_on_cpu()) {
+        CHECK(dry.stats.bytes_device == 0 && stats.bytes_device == 0);
+    } else {
+        CHECK(stats.bytes_device >= stats.bytes);
+        CHECK(dry.stats.bytes_device - dry.stats.bytes_compute <= stats.bytes_device && stats.bytes_device <= dry.stats.bytes_device + stats.bytes_compute);
+    }
 
     // of a stock cache the windows have their full size in a context with swa_full, which these parameters are without
     if (llama_depthkv_layer_count(model) >= 0 && cells.stats.bytes != stats.bytes) {

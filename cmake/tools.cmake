@@ -77,6 +77,17 @@ if(NOT DEPTHKV_BASELINE)
         endif()
         set_tests_properties(native/${test} PROPERTIES LABELS native TIMEOUT ${test_timeout})
     endforeach()
+
+    # What GPU backends support, from their own sources.
+    set(supports_op "${CMAKE_BINARY_DIR}/supports-op")
+    set(supports_op_script "${CMAKE_CURRENT_SOURCE_DIR}/cmake/supports_op.py")
+    add_custom_command(
+        OUTPUT "${supports_op}/metal.inc" "${supports_op}/cuda.inc" "${supports_op}/vulkan.inc"
+        COMMAND "${Python_EXECUTABLE}" "${supports_op_script}" "${tree}" "${supports_op}"
+        DEPENDS "${supports_op_script}" "${native}/llama.cpp.lock"
+        VERBATIM)
+    target_sources(test-depth-ops PRIVATE "${supports_op}/metal.inc")
+    target_include_directories(test-depth-ops PRIVATE "${supports_op}" "${tree}/ggml/src")
 endif()
 
 # An unmodified front end obeys the key, `--fit` included.

@@ -257,6 +257,11 @@ void llama_kv_cache_depth::build_attn(ggml_context * ctx, ggml_cgraph * gf, attn
             ggml_row_size(lk->type, n_embd_head), lk->nb[1], res.strm*lk->nb[2]);
     k = ggml_permute(ctx, k, 0, 2, 1, 3);
 
+    // not all other backends multiply quantized rows that do not lie one after the other
+    if (!dev.is_host && ggml_is_quantized(lk->type)) {
+        k = ggml_cast(ctx, k, GGML_TYPE_F32);
+    }
+
     // the heads of a group are rows of one matrix, so that each key is read once for all of them
     ggml_tensor * q = ggml_view_4d(ctx, layer.q, n_embd_head, n_gqa, n_head_kv, llama_kv_n_query,
             ggml_row_size(lq->type, n_embd_head), ggml_row_size(lq->type, n_embd_head*n_gqa), lq->nb[1], res.strm*lq->nb[2]);
@@ -281,8 +286,9 @@ void llama_kv_cache_depth::build_attn(ggml_context * ctx, ggml_cgraph * gf, attn
     ggml_soft_max_add_sinks(kq, get_attn(layer).sinks);
 
     // where the cells are. the sinks are weights, and may be elsewhere
-    sched.set_backend(kq->view_src, dev.backend);
-    sched.set_backend(kq,           dev.backend);
+    if (sched.set_backend(kq->view_src, dev.backend)) {
+        sched.set_backend(kq, dev.backend);
+    }
 
     res.prob = ggml_reshape_3d(ctx, kq, n_kv, llama_kv_n_query*n_gqa, n_head_kv);
 

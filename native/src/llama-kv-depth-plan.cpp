@@ -265,12 +265,16 @@ llama_kv_depth_plan llama_kv_depth_plan_init(
     aparams.n_floor  = n_floor;
     aparams.curves   = llama_kv_depth_curves_select(params, ids);
 
-    // fast attention kernels of GPU backends want multiples of 256, but not at the price of a fifth of a small cache
-    // decided by the context alone: with another granularity a larger budget could take cells away
+    // fast attention kernels of GPU backends want multiples of 256, but not at the price of a fifth of a small cache. CUDA has
+    // no other kernel for wide heads, and for those whose values have another size
+    // not decided by the budget: with another granularity a larger one could take cells away
+    const bool is_wide = std::any_of(ids.begin(), ids.end(), [&](int32_t il) {
+        return model.hparams.n_embd_head_k(il) > 256 || model.hparams.n_embd_head_k(il) != model.hparams.n_embd_head_v(il);
+    });
     const bool on_gpu = std::any_of(ids.begin(), ids.end(), [&](int32_t il) {
         return ggml_backend_dev_type(model.dev_layer(il)) != GGML_BACKEND_DEVICE_TYPE_CPU;
     });
-    aparams.n_align = on_gpu && cparams.offload_kqv && aparams.n_ctx >= 8192 ? 256 : llama_kv_n_align;
+    aparams.n_align = on_gpu && cparams.offload_kqv && (aparams.n_ctx >= 8192 || is_wide) ? 256 : llama_kv_n_align;
 
     // a CPU is as fast with the tokens of one scoring pass as with more, and forgets less (docs/engine.md)
     const uint32_t n_ubatch_best = on_gpu ? cparams.n_ubatch : std::min(cparams.n_ubatch, llama_kv_n_query_span_pp);

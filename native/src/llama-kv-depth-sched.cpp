@@ -61,8 +61,14 @@ ggml_cgraph * llama_kv_depth_sched::build_graph(ggml_context_ptr & ctx, const bu
     return gf;
 }
 
-void llama_kv_depth_sched::set_backend(ggml_tensor * t, ggml_backend_t backend) {
+bool llama_kv_depth_sched::set_backend(ggml_tensor * t, ggml_backend_t backend) {
+    if (!ggml_backend_supports_op(backend, t)) {
+        return false;
+    }
+
     ggml_backend_sched_set_tensor_backend(sched.get(), t, backend);
+
+    return true;
 }
 
 bool llama_kv_depth_sched::reserve(ggml_backend_sched_t sched_main, size_t max_nodes, bool no_alloc, const build_fn & build) {

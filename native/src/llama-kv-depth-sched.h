@@ -30,8 +30,8 @@ public:
 
     ggml_status compute(ggml_backend_sched_t sched, size_t max_nodes, const build_fn & build, const io_fn & set_inputs, const io_fn & get_outputs);
 
-    // while a graph is built: where a tensor of it lies
-    void set_backend(ggml_tensor * t, ggml_backend_t backend);
+    // while a graph is built: where a tensor of it lies. false if the backend does not compute it: then the scheduler decides
+    bool set_backend(ggml_tensor * t, ggml_backend_t backend);
 
     // bytes of the compute buffers, allocated or counted
     std::map<ggml_backend_buffer_type_t, size_t> memory_breakdown() const;

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+from pathlib import Path
+
 import pytest
 
 from benchmarks.zoo.check import check_shape, refused
@@ -10,6 +14,8 @@ from benchmarks.zoo.shapes import SHAPES, Shape
 from benchmarks.zoo.write import write_model
 from depthkv_edge.engine.model import Cache, decode, load_model, open_context
 from depthkv_edge.engine.stats import read_stats
+
+BIN = Path(os.environ.get("DEPTHKV_TEST_PROGRAMS", Path(__file__).parents[2] / "build" / "engine" / "bin"))
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: shape.name.replace(" ", "-"))
@@ -42,6 +48,16 @@ def test_buffers_are_there_from_the_start(tmp_path):
         after = read_stats(context)
     assert after.n_score > 0 and all(layer.evicted > 0 for layer in after.layers)
     assert after.bytes_scorer == before.bytes_scorer
+
+
+def test_operations_of_gpu_backends(tmp_path):
+    """Nothing that Metal, CUDA or Vulkan would leave to the CPU, where they compute all of it with the stock cache."""
+    by_heads = {(shape.head, shape.head_swa, shape.n_heads == shape.n_heads_kv): shape for shape in SHAPES}
+    for shape in by_heads.values():
+        write_model(tmp_path / f"{shape.name}.gguf", shape, n_layers=shape.n_layers_run)
+    done = subprocess.run([BIN / "test-depth-ops", tmp_path], capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr
+    assert "OK: " in done.stdout
 
 
 def test_the_rest_of_the_page(tmp_path):

@@ -3,6 +3,7 @@
 #include "llama-cparams.h"
 #include "llama-impl.h"
 #include "llama-kv-cache-depth.h"
+#include "llama-kv-depth-attn.h"
 
 #include <algorithm>
 #include <cmath>
@@ -14,10 +15,10 @@ static constexpr uint32_t n_tokens_mask_host = 8;
 // attention over many tokens is built in up to so many slices of KV heads
 static constexpr int64_t n_slices_max = 8;
 
-// nodes and inputs of build_attn() for one layer: 7 for each slice and 2 for all of them, up to 6 for the mask, 12 to store K and V,
+// nodes and inputs of build_attn() for one layer: 10 for each slice and 2 for all of them, up to 6 for the mask, 12 to store K and V,
 // 5 for the sampled queries, 4 rotations of 4 and the views of K and V. llama_context::graph_max_nodes() has counted on
 // what stock builds instead, which is left as headroom
-static constexpr uint32_t n_nodes_layer = 7*n_slices_max + 48;
+static constexpr uint32_t n_nodes_layer = 10*n_slices_max + 48;
 
 uint32_t llm_graph_kv_depth_n_nodes(const llama_hparams & hparams) {
     return n_nodes_layer*hparams.n_layer_all;
@@ -350,6 +351,12 @@ ggml_tensor * llm_graph_input_kv_depth::build_attn_heads(
 
         kq = ggml_soft_max_ext(ctx0, kq, mask, kq_scale, 0.0f);
 
+        // as the cells of a cache with transposed values, once for all tokens
+        if (ggml_is_quantized(vh->type)) {
+            vh = ggml_cast(ctx0, vh, GGML_TYPE_F32);
+            vh = ggml_cast(ctx0, ggml_transpose(ctx0, vh), GGML_TYPE_F16);
+        }
+
         ggml_tensor * kqv = ggml_mul_mat(ctx0, vh, kq);
 
         cur = cur ? ggml_concat(ctx0, cur, kqv, 2) : kqv;
@@ -494,18 +501,29 @@ ggml_tensor * llm_graph_input_kv_depth::build_attn(
 
     ggml_tensor * cur;
 
-    const bool is_plain = kv->get_v_trans() && !graph.cparams.flash_attn && !kq_b && !hparams.attn_soft_cap && graph.arch != LLM_ARCH_GROK;
+    const bool is_usual = !kq_b && !hparams.attn_soft_cap && graph.arch != LLM_ARCH_GROK;
+    const bool is_plain = is_usual && kv->get_v_trans() && !graph.cparams.flash_attn;
 
-    if (is_plain && n_tps == 1 && evicted) {
-        // not before something has been evicted: until then the logits are those of the stock cache to the last bit
+    // the CPU's kernel for flash attention takes twice the time with quantized cells (docs/engine.md)
+    const bool is_quant     = is_usual && dev.backend == nullptr && ggml_is_quantized(layer.v->type);
+
+    // not before something has been evicted: until then the logits are those of the stock cache to the last bit
+    const bool is_tok       = is_plain && evicted && n_tps == 1;
+    const bool is_tok_quant = is_quant && n_tps == 1 && llama_kv_depth_attn_supports(layer.k->type, layer.v->type);
+    const bool is_heads     = (is_plain || is_quant) && n_tps > n_tokens_mask_host && !sinks;
+
+    if (is_tok) {
         cur = build_attn_tok(graph, q, k, v, mask, sinks, kq_scale);
-    } else if (is_plain && n_tps > n_tokens_mask_host && !sinks) {
+    } else if (is_tok_quant) {
+        q   = ggml_scale(ctx0, ggml_is_contiguous(q) ? q : ggml_cont(ctx0, q), kq_scale);
+        cur = llama_kv_depth_build_attn(ctx0, q, k, v, mask, sinks);
+    } else if (is_heads) {
         cur = build_attn_heads(graph, q, k, v, mask, kq_scale);
     } else {
         cur = graph.build_attn_mha(q, k, v, kq_b, mask, sinks, nullptr, 0, kq_scale, il);
     }
 
-    if (is_plain && !graph.cparams.offload_kqv) {
+    if ((is_plain || is_quant) && !graph.cparams.offload_kqv) {
         // all nodes between the KV store and the attention output are run on the CPU. a view has no say in where it is computed
         ggml_backend_sched_set_tensor_backend(graph.sched, cur->view_src ? cur->view_src : cur, graph.backend_cpu);
     }

@@ -197,7 +197,9 @@ static const char * test(llama_model * model, llama_context_params cparams, bool
     shifted = can_shift;
 
     // nothing is evicted, so nothing may differ from stock but the order of a few additions. left to itself, a context with a
-    // budget may choose the other kernel
+    // budget may choose the other kernel. quantized values are not attended to by the kernel of stock, which rounds queries to 8 bits
+    const double err_max = ggml_is_quantized(cparams.type_v) ? 1e-3 : 1e-10;
+
     const bool fa_auto = cparams.flash_attn_type == LLAMA_FLASH_ATTN_TYPE_AUTO;
 
     double err = INFINITY;
@@ -223,7 +225,7 @@ static const char * test(llama_model * model, llama_context_params cparams, bool
 
         err = std::min(err, nmse(res_stock, res_full));
     }
-    if (!(err < 1e-10)) {
+    if (!(err < err_max)) {
         return "logits differ from stock";
     }
 

@@ -50,7 +50,10 @@ class Model:
 
 
 PACKAGED = Model(Path("smollm2"), ())
-SMOLLM2 = Model(MODELS / "smollm2.gguf", ([_DEPTHKV, "calibrate", "smollm2", "-o", str(MODELS / "smollm2.gguf")],))
+SMOLLM2 = Model(
+    MODELS / "smollm2.gguf",
+    ([_DEPTHKV, *"calibrate smollm2 --method fast -o".split(), str(MODELS / "smollm2.gguf")],),
+)
 GEMMA3 = Model(MODELS / "gemma3.gguf", ([_DEPTHKV, "calibrate", "gemma3", "-o", str(MODELS / "gemma3.gguf")],))
 QWEN_CODER = Model(
     MODELS / "qwen-coder.gguf",

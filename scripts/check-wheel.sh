@@ -59,9 +59,10 @@ variants=$(cd "$lib" && ls | sed -n -e 's/^\(lib\)\{0,1\}ggml-cpu-\(.*\)\.so$/\2
 echo "variants:" $variants
 [ "$(echo "$variants" | wc -l)" -gt 1 ] || fail "there is no choice of processors in $lib"
 if [ "$(uname -sm)" = "Linux x86_64" ] && command -v objdump > /dev/null; then
-    # uses LIBRARY REGISTERS: whether there is code for them
+    # uses LIBRARY REGISTERS: whether there is code for them. libllama.so has some, and asks the processor first: what runs below
+    # as a processor without AVX shows that
     uses() { objdump -d --no-show-raw-insn "$lib/$1" | grep -q -m 1 "%$2"; }
-    for library in libllama.so libggml.so libggml-base.so llama-server libggml-cpu-x64.so libggml-cpu-sse42.so; do
+    for library in libggml.so libggml-base.so llama-server libggml-cpu-x64.so libggml-cpu-sse42.so; do
         ! uses "$library" '[yz]mm' || fail "$library needs AVX"
     done
     uses libggml-cpu-haswell.so ymm || fail "libggml-cpu-haswell.so has no AVX2"

@@ -77,7 +77,7 @@ static uint32_t llama_kv_evict_n_since_turn(const llama_kv_depth_cells & cells, 
 }
 
 uint32_t llama_kv_evict_n_free(const llama_kv_depth_cells & cells, int32_t il, uint32_t n_tokens) {
-    if (n_tokens > 1) {
+    if (n_tokens != 1) {
         return n_tokens;
     }
 

@@ -2,7 +2,7 @@
 //
 // usage: test-kv-attn [--bench]          --bench: what a cell takes, beside the flash attention kernel of the CPU backend
 
-#include "llama-kv-depth-attn.h"
+#include "llama-kv-depth-attn.cpp" // kernels that this processor would not choose, too
 
 #include "ggml-backend.h"
 #include "ggml-cpp.h"
@@ -14,6 +14,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <random>
+#include <tuple>
 #include <vector>
 
 #define CHECK(x) do { if (!(x)) { fprintf(stderr, "%s:%d: check failed: %s\n", __FILE__, __LINE__, #x); exit(1); } } while (0)
@@ -154,6 +155,55 @@ static void test(ggml_backend_t backend, const shape & s) {
     }
 }
 
+#if defined(__GNUC__)
+// every kernel that this processor can run computes the same, a partial result after the other
+static void test_levels() {
+    std::vector<const llama_kv_attn_kernels *> levels = { &llama_kv_attn_any::kernels };
+#if defined(__x86_64__)
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
+        levels.push_back(&llama_kv_attn_avx2::kernels);
+    }
+    if (__builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
+        levels.push_back(&llama_kv_attn_avx512::kernels);
+    }
+#endif
+    const int n = 160, n_embd = 96, n_head = 7;
+
+    for (const auto & [type_k, type_v, kernel] : {
+            std::make_tuple(GGML_TYPE_Q8_0, GGML_TYPE_Q8_0, &llama_kv_attn_kernels::q8_0_q8_0),
+            std::make_tuple(GGML_TYPE_Q8_0, GGML_TYPE_Q4_0, &llama_kv_attn_kernels::q8_0_q4_0),
+            std::make_tuple(GGML_TYPE_Q4_0, GGML_TYPE_Q4_0, &llama_kv_attn_kernels::q4_0_q4_0) }) {
+        auto data_k = randoms(n*n_embd, 1.0f);
+        auto data_v = randoms(n*n_embd, 1.0f);
+
+        const auto q = randoms(n_head*n_embd, 0.3f);
+        const auto k = quantize(type_k, data_k);
+        const auto v = quantize(type_v, data_v);
+
+        std::vector<uint16_t> mask(n);
+        for (auto & x : mask) {
+            x = rng()%5 == 0 ? 0xFC00 : 0;
+        }
+
+        std::vector<float> first;
+        for (const auto * level : levels) {
+            std::vector<float> res(n_head*(n_embd + 2));
+
+            llama_kv_attn_part part = {
+                k.data(), v.data(), ggml_row_size(type_k, n_embd), ggml_row_size(type_v, n_embd), mask.data(), n, n_embd, n_embd, q.data(), res.data() };
+            (level->*kernel)(part, n_head);
+
+            first = first.empty() ? res : first;
+            for (size_t i = 0; i < res.size(); ++i) {
+                CHECK(std::fabs(res[i] - first[i]) <= 1e-4f*(1.0f + std::fabs(first[i])));
+            }
+        }
+    }
+
+    printf("%zu kernels\n", levels.size());
+}
+#endif
+
 // microseconds of a graph that attends n_layers times, a median
 static double bench(ggml_backend_t backend, const shape & s, bool fa, int n_layers) {
     const int n_head = s.n_head_kv*s.n_gqa;
@@ -225,6 +275,10 @@ int main(int argc, char ** argv) {
         return 0;
     }
 
+#if defined(__GNUC__)
+    test_levels();
+#endif
+
     int n = 0;
 
     for (const auto type_k : { GGML_TYPE_Q8_0, GGML_TYPE_Q4_0 }) {
@@ -233,8 +287,8 @@ int main(int argc, char ** argv) {
                 continue;
             }
             for (const int n_gqa : { 1, 2, 3, 4, 5, 7, 8, 12 }) {
-                for (const int n_kv : { 32, 256, 288, 640 }) {
-                    for (const int n_embd : { 32, 64, 96, 128, 256, 576 }) {
+                for (const int n_kv : { 32, 288, 640 }) {
+                    for (const int n_embd : { 32, 64, 96, 256, 576 }) {
                         const int n_stream = 1 + rng()%3;
                         test(backend.get(), { type_k, type_v, n_embd, n_embd == 576 ? 512 : n_embd, 1 + (int) (rng()%3), n_gqa, n_kv, n_kv + 32, n_stream, rng()%2 == 0 });
                         n++;
